@@ -1,0 +1,44 @@
+# `make run` and `make test` are all that a fresh machine needs: Python 3.11+, git, make.
+PYTHON ?= python3
+BIN := .venv/bin
+SNAKEMAKE := $(BIN)/snakemake
+
+.PHONY: run setup test test-fast test-faults lint format bench-train bench-overhead
+
+run: setup
+	$(SNAKEMAKE)
+
+setup: .venv/installed
+
+.venv/installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headrace needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: setup
+	$(BIN)/pytest
+
+test-fast: setup
+	$(BIN)/pytest -m "not workflow and not browser and not faults and not slow"
+
+test-faults: setup
+	$(BIN)/pytest -m faults
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(SNAKEMAKE) --lint --config experiment=tiny
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/snakefmt Snakefile workflow
+
+bench-train: setup
+	$(BIN)/python benchmarks/train.py
+
+bench-overhead: setup
+	$(BIN)/python benchmarks/overhead.py

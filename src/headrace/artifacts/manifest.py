@@ -1,0 +1,160 @@
+"""A manifest makes a folder an artifact: every file with size and hash, what made it, what it was made from.
+
+`build` hashes a finished folder, `commit` publishes it by one rename, `verify` checks every byte before use. The
+manifest's own hash covers all its fields; children record it as the identity of their inputs.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.artifacts.files import (
+    Algorithm,
+    hash_bytes,
+    hash_file,
+    read_json,
+    sync_file,
+    sync_folder,
+    write_json,
+)
+from headrace.errors import UserError
+
+NAME = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact: size in bytes and `<algorithm>:<hex>`."""
+
+    size: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is: `files` by relative path, `inputs` as manifest hashes by name, `summary` for people."""
+
+    schema: int
+    kind: str
+    producer: dict[str, Any]
+    inputs: dict[str, str]
+    files: dict[str, FileEntry]
+    summary: dict[str, Any]
+    hash: str
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def build(
+    folder: Path,
+    *,
+    kind: str,
+    producer: dict[str, Any],
+    inputs: dict[str, str],
+    summary: dict[str, Any],
+    algorithm: Algorithm = "sha256",
+) -> Manifest:
+    """Hash every file of `folder` and write its manifest. Files are fsynced first, the manifest last."""
+    files = {}
+    for path in _files(folder):
+        sync_file(path)
+        files[path.relative_to(folder).as_posix()] = FileEntry(path.stat().st_size, hash_file(path, algorithm))
+    body = _body(kind, producer, inputs, files, summary)
+    manifest = Manifest(SCHEMA, kind, producer, inputs, files, summary, _hash(body))
+    write_json(folder / NAME, {**body, "hash": manifest.hash})
+    return manifest
+
+
+def commit(staging: Path, final: Path) -> None:
+    """Publish a folder that `build` has finished: fsync its folders, rename, fsync the parent. Never overwrites."""
+    assert (staging / NAME).exists(), "build the manifest before committing"
+    if final.exists():
+        raise UserError(f"{final}: already exists; an artifact is never overwritten")
+    for folder, _, _ in os.walk(staging, topdown=False):
+        sync_folder(Path(folder))
+    staging.rename(final)
+    sync_folder(final.parent)
+
+
+def read(folder: Path) -> Manifest:
+    """Read a manifest and check its schema and its own hash, without reading the other files."""
+    path = folder / NAME
+    raw = read_json(path)
+    try:
+        files = {name: FileEntry(int(entry["size"]), str(entry["hash"])) for name, entry in raw["files"].items()}
+        body = _body(raw["kind"], raw["producer"], raw["inputs"], files, raw["summary"])
+        stored, schema = raw["hash"], raw["schema"]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a manifest; delete the folder to make it again") from None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: written by schema {schema}, this version reads {SCHEMA}")
+    if stored != _hash(body):
+        raise UserError(f"{path}: damaged (its hash does not match its content); delete the folder to make it again")
+    return Manifest(SCHEMA, raw["kind"], raw["producer"], raw["inputs"], files, raw["summary"], stored)
+
+
+def verify(folder: Path) -> Manifest:
+    """Check every file against the manifest: nothing missing, nothing more, every size and hash equal."""
+    manifest = read(folder)
+    present = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    for name in sorted(set(present) - set(manifest.files)):
+        raise UserError(f"{folder / name}: not listed in {NAME}; delete the folder to make it again")
+    for name, entry in manifest.files.items():
+        if name not in present:
+            raise UserError(f"{folder / name}: missing; delete {folder} to make it again")
+        _verify_file(present[name], entry)
+    return manifest
+
+
+def _verify_file(path: Path, entry: FileEntry) -> None:
+    size = path.stat().st_size
+    if size != entry.size:
+        raise UserError(f"{path}: {size} bytes, its manifest says {entry.size}; delete the folder to make it again")
+    algorithm: Algorithm = "sha256" if entry.hash.startswith("sha256:") else "xxh3"
+    if hash_file(path, algorithm) != entry.hash:
+        raise UserError(f"{path}: damaged (hash differs from its manifest); delete the folder to make it again")
+
+
+def discard(folder: Path) -> None:
+    """Remove an unfinished folder, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise UserError(f"{path}: a link inside an artifact; copy the file instead")
+        if path.is_file() and path != folder / NAME:
+            found.append(path)
+    return found
+
+
+def _body(
+    kind: str,
+    producer: dict[str, Any],
+    inputs: dict[str, str],
+    files: dict[str, FileEntry],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "producer": producer,
+        "inputs": inputs,
+        "files": {name: asdict(entry) for name, entry in files.items()},
+        "summary": summary,
+    }
+
+
+def _hash(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return hash_bytes(canonical.encode(), "sha256")

@@ -1,0 +1,72 @@
+"""`headrace runs | index | plan | sync`: what is in results/, the frozen sources, figures of a plan, W&B upload.
+
+Thin: each command composes the configuration, asks one room and prints. Stages are not run from here: that is
+`snakemake`, or `python -m headrace.stages.<stage>`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from headrace.config.compose import load
+from headrace.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns 0, or 2 with one line where the input is wrong."""
+    arguments = _parser().parse_args(argv)
+    try:
+        text = {"runs": _runs, "index": _index, "plan": _plan, "sync": _sync}[arguments.command](arguments)
+    except UserError as error:
+        print(f"headrace {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="headrace", description="Raw text to a published DeepSeek-V3-style model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("runs", "list what is in results/: stage, fingerprint, what differs from the defaults, key figures"),
+        ("index", "freeze the corpus' source files as they are now, e.g. after you changed them on purpose"),
+        ("plan", "parameters, FLOPs per token, bytes and steps of a configuration, without running anything"),
+        ("sync", "upload offline W&B runs and replay their lineage"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. experiment=tiny model=v3_671b")
+    return parser
+
+
+def _runs(arguments: argparse.Namespace) -> str:
+    from headrace.reporting.runs import table
+
+    return table(Path(load(arguments.overrides).paths.results))
+
+
+def _index(arguments: argparse.Namespace) -> str:
+    from headrace.corpus.lock import index
+    from headrace.corpus.sources import lock_path
+
+    config = load(arguments.overrides)
+    path = lock_path(config)
+    lock = index(config.corpus, path)
+    size = sum(source.size for source in lock.files)
+    return f"{path}: {len(lock.files):,} files, {size / 1e6:,.1f} MB, {lock.hash}"
+
+
+def _plan(arguments: argparse.Namespace) -> str:
+    from headrace.planning.describe import text_table
+
+    return text_table(load(arguments.overrides))
+
+
+def _sync(arguments: argparse.Namespace) -> str:
+    from headrace.tracking.sync import sync
+
+    return sync(Path(load(arguments.overrides).paths.results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

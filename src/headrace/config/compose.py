@@ -1,0 +1,127 @@
+"""Hydra composition: a list of overrides in, one validated `Config` out.
+
+The same function serves the Snakefile, every stage program and the tests, so that the same words always mean the same
+configuration. It uses Hydra's compose API: no `hydra.main`, no run directories, no change of the working directory.
+Every problem is collected and reported at once, as one `UserError` with one line per problem.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from headrace.config.checks import problems
+from headrace.config.schema import Config
+from headrace.errors import UserError
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def load(overrides: Sequence[str] = (), conf: Path = CONF) -> Config:
+    """Compose `conf/config.yaml` with Hydra `overrides` and validate the result.
+
+    Raises `UserError` with one line per unknown key, wrong type or impossible combination.
+    """
+    unsafe = [word for word in overrides if "${" in word]
+    if unsafe:
+        raise UserError(f"config: {unsafe[0]!r}: interpolations are not accepted on the command line; write the value")
+    try:
+        with hydra.initialize_config_dir(config_dir=str(conf), version_base="1.3"):
+            tree = hydra.compose("config", overrides=list(overrides))
+        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"config: {_one_line(error)}") from None
+    return validate(plain)
+
+
+def validate(tree: Any) -> Config:
+    """Build a `Config` from plain containers; raises `UserError` that lists everything that is wrong."""
+    try:
+        config = _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(f"config: {line}" for line in _describe(error))) from None
+    wrong = problems(config)
+    if wrong:
+        raise UserError("\n".join(f"config: {line}" for line in wrong))
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The tree as JSON-ready containers, in the spelling of the YAML files."""
+    plain: dict[str, Any] = _ADAPTER.dump_python(config, mode="json", by_alias=True)
+    return plain
+
+
+def overrides_from(snakemake_config: Mapping[str, Any]) -> list[str]:
+    """Translate Snakemake's `config` into Hydra overrides.
+
+    `--config experiment=tiny` chooses a group; `--config set="recipe.tokens=1e6 model=nano"` takes Hydra's whole
+    grammar, separated by spaces outside quotes and brackets; nested YAML (`--config recipe='{tokens: 1000000}'`) is
+    flattened.
+    """
+    overrides: list[str] = []
+    for key, value in snakemake_config.items():
+        if key == "set":
+            overrides += split_words(str(value))
+        elif isinstance(value, Mapping):
+            overrides += [f"{name}={item}" for name, item in _flatten(key, value)]
+        else:
+            overrides.append(f"{key}={value}")
+    return overrides
+
+
+def split_words(text: str) -> list[str]:
+    """Split at white space outside quotes and brackets; the quotes stay, since Hydra's grammar reads them."""
+    words: list[str] = []
+    current, depth, quote = "", 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in ")}]":
+            depth -= 1
+        if character.isspace() and depth == 0 and not quote:
+            words, current = ([*words, current] if current else words), ""
+        else:
+            current += character
+    return [*words, current] if current else words
+
+
+def _flatten(prefix: str, tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{prefix}.{key}"
+        leaves += _flatten(name, value) if isinstance(value, Mapping) else [(name, value)]
+    return leaves
+
+
+def _describe(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden" or problem["type"] == "unexpected_keyword_argument":
+            lines.append(f"{where}: unknown key; see conf/{problem['loc'][0]!s}/ for the keys that there are")
+        else:
+            lines.append(f"{where}: {problem['msg']} (got {problem['input']!r})")
+    return lines
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read one YAML file of `conf/` without composing it (tests and `headrace runs` compare against it)."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,0 +1,332 @@
+"""The configuration's schema: one frozen dataclass per Hydra group, no default values.
+
+The values live in `conf/`, one commented YAML per choice; a key that the YAML lacks is an error, never a default.
+Groups up to `publish` change a result and are hashed into fingerprints; the last five are the machine and never are.
+Keys of `ModelConfig` are those of DeepSeek-V3's `config.json` on the Hub. This module checks types and ranges of single
+values; conditions across fields are in `checks.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+_CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+def _check_span(value: int | str) -> int | str:
+    if isinstance(value, str):
+        number = value.removesuffix("%")
+        if number == value or not number.replace(".", "", 1).isdigit() or not 0 <= float(number) <= 100:
+            raise ValueError("give a number of tokens or a share of recipe.tokens such as '60%'")
+    elif value < 0:
+        raise ValueError("a number of tokens cannot be negative")
+    return value
+
+
+TokenSpan = Annotated[int | str, AfterValidator(_check_span)]
+"""A number of tokens, or a share of `recipe.tokens` written as '60%'."""
+
+
+@dataclass(frozen=True)
+class SeedConfig:
+    """Seeds: `init` draws the weights, `data` orders the rows."""
+
+    __pydantic_config__ = _CLOSED
+    init: Count
+    data: Count
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where text comes from and how it is split into train, validation and held-out documents."""
+
+    __pydantic_config__ = _CLOSED
+    source: Literal["environment", "files"]
+    paths: tuple[str, ...]  # files, folders or globs; used by source=files
+    packages: bool  # source=environment: installed packages beside the standard library
+    licences: tuple[str, ...]  # source=environment: SPDX identifiers that a package must declare
+    text_field: str  # the field that holds the text in JSONL and Parquet
+    min_document_bytes: Count
+    max_document_bytes: Positive
+    max_bytes: Positive | None  # a deterministic sample of at most so many bytes of text; null takes all
+    validation_fraction: Fraction
+    heldout_fraction: Fraction
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Byte-level BPE with V3's pretokeniser, trained here or read from a tokenizer.json."""
+
+    __pydantic_config__ = _CLOSED
+    source: Literal["train", "file"]
+    path: str | None  # source=file: the tokenizer.json
+    vocab_size: Annotated[int, Field(ge=264)]  # 256 bytes and the control tokens are always there
+    sample_bytes: Positive  # source=train: how much training text the merges are learnt from
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """Text to token shards."""
+
+    __pydantic_config__ = _CLOSED
+    engine: Literal["auto", "fastokens", "tokenizers"]
+    shards: Annotated[int, Field(ge=1, le=100_000)]  # output shards of the training split
+    parity_every: Positive  # every n-th document is encoded again with `tokenizers` and compared
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN (arXiv 2309.00071), in the keys of the Hub's config.json."""
+
+    __pydantic_config__ = _CLOSED
+    type: Literal["yarn"]
+    factor: Annotated[float, Field(ge=1)]
+    beta_fast: PositiveFloat
+    beta_slow: PositiveFloat
+    mscale: NonNegativeFloat
+    mscale_all_dim: NonNegativeFloat
+    original_max_position_embeddings: Positive
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The V3 network, in the keys of the Hub's config.json (report: arXiv 2412.19437, section 4.2)."""
+
+    __pydantic_config__ = _CLOSED
+    vocab_size: Positive  # rows of embedding and head
+    hidden_size: Positive  # d
+    intermediate_size: Positive  # dense feed-forward
+    moe_intermediate_size: Positive  # each routed expert, and each shared expert
+    num_hidden_layers: Positive
+    num_attention_heads: Positive  # n_h
+    n_shared_experts: Positive
+    n_routed_experts: Positive  # N_r
+    num_experts_per_tok: Positive  # K_r
+    n_group: Positive
+    topk_group: Positive
+    norm_topk_prob: bool
+    routed_scaling_factor: PositiveFloat
+    first_k_dense_replace: Count
+    q_lora_rank: Positive | None  # d_c'; null projects queries directly
+    kv_lora_rank: Positive  # d_c
+    qk_nope_head_dim: Positive
+    qk_rope_head_dim: Positive
+    v_head_dim: Positive
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=1)]  # D, the MTP depth
+    rms_norm_eps: PositiveFloat
+    rope_theta: PositiveFloat
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: Positive
+    initializer_range: PositiveFloat | Literal["auto"]  # auto: 0.006 at width 7168, 0.006*sqrt(7168/d) below
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """What runs in which format. Master weights and gradients are always FP32."""
+
+    __pydantic_config__ = _CLOSED
+    compute: Literal["fp32", "bf16"]  # matrix multiplications and activations
+    optimizer_moments: Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon for matrices (stacked experts included) with AdamW for the rest."""
+
+    __pydantic_config__ = _CLOSED
+    name: Literal["adamw", "muon"]
+    beta1: Fraction
+    beta2: Fraction
+    eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+    muon_learning_rate: PositiveFloat  # peak for Muon's matrices; follows the same shape as learning_rate
+    muon_momentum: Fraction
+    gradient_clip: PositiveFloat  # global norm
+
+
+@dataclass(frozen=True)
+class ConstantPhase:
+    """A learning rate held for so many tokens at the end of the run."""
+
+    __pydantic_config__ = _CLOSED
+    tokens: TokenSpan
+    value: PositiveFloat
+
+
+@dataclass(frozen=True)
+class LearningRateConfig:
+    """Linear warm-up in steps; constant, cosine and tail in tokens (report, section 4.2)."""
+
+    __pydantic_config__ = _CLOSED
+    peak: PositiveFloat
+    warmup_steps: Count
+    constant: TokenSpan  # tokens from the run's start to the start of the decay
+    cosine: TokenSpan  # tokens over which the rate falls from peak to final
+    final: NonNegativeFloat
+    tail: tuple[ConstantPhase, ...]  # phases after the decay
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Load balancing: the selection bias (arXiv 2408.15664) and the sequence-wise loss (report, eq. 17-20)."""
+
+    __pydantic_config__ = _CLOSED
+    bias_update_speed: NonNegativeFloat  # gamma
+    bias_update_until: TokenSpan  # tokens after which gamma is 0
+    loss_weight: NonNegativeFloat  # alpha
+
+
+@dataclass(frozen=True)
+class MtpConfig:
+    """Weight of the multi-token-prediction loss (lambda), which changes once."""
+
+    __pydantic_config__ = _CLOSED
+    weight: NonNegativeFloat
+    later_weight: NonNegativeFloat
+    switch: TokenSpan
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """Everything that changes with tokens seen."""
+
+    __pydantic_config__ = _CLOSED
+    tokens: Positive  # the run's budget
+    sequence_length: Positive
+    batch_sequences: Positive  # sequences per optimizer step
+    optimizer: OptimizerConfig
+    learning_rate: LearningRateConfig
+    balance: BalanceConfig
+    mtp: MtpConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What one training run starts from and watches."""
+
+    __pydantic_config__ = _CLOSED
+    from_: Annotated[str | None, Field(alias="from", pattern=r"^[0-9a-f]{12}@[0-9]+$")]  # <pretrain fingerprint>@<step>
+    validate_every: Positive  # steps between two measurements of the validation loss
+    validation_rows: Positive
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Training checkpoint to Hub folder."""
+
+    __pydantic_config__ = _CLOSED
+    dtype: Literal["bf16", "fp32"]
+    step: Positive | None  # which kept checkpoint; null takes the last
+    max_shard_bytes: Positive
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on the converted model."""
+
+    __pydantic_config__ = _CLOSED
+    tasks: tuple[str, ...]
+    items: Positive  # items per task at most
+    heldout_rows: Positive  # rows of held-out text for bits per byte
+    bootstrap: Positive  # resamples of documents
+    samples: Count  # generated texts
+    sample_tokens: Positive  # length of each
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """What is published, and where."""
+
+    __pydantic_config__ = _CLOSED
+    repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # null writes the local folder only
+    private: bool
+    license: str  # an SPDX identifier or 'other', for the model card
+    title: str
+    allow_dirty: bool  # publish from a work tree with uncommitted changes
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout: world = pipeline x data. Never hashed: it does not change what is computed."""
+
+    __pydantic_config__ = _CLOSED
+    pipeline: Positive
+    expert: Positive
+    data: Positive
+    node_size: Positive
+    schedule: Literal["auto"]
+    microbatch: Positive | None  # sequences per forward pass; null takes the whole step's batch
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a stage is started on this machine."""
+
+    __pydantic_config__ = _CLOSED
+    device: Literal["cpu", "cuda", "auto"]
+    threads: Positive | None  # CPU threads of one process; null takes all cores
+    minutes: PositiveFloat | None  # time budget of one job; the stage saves and exits 75 before it ends
+    rerun: Literal["loop", "slurm"]  # what exit 75 leads to: run again at once, or `scontrol requeue`
+    shards_per_job: Positive
+    nodes: Positive
+    gpus_per_node: Count
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When training state is saved and what is kept."""
+
+    __pydantic_config__ = _CLOSED
+    every_steps: Positive
+    keep: Positive  # the newest so many
+    keep_every: Positive | None  # and each step that this divides, for good
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """The tracked run of a stage: JSONL always, Weights & Biases beside it."""
+
+    __pydantic_config__ = _CLOSED
+    wandb: Literal["offline", "online", "disabled"]
+    project: str
+    entity: str | None
+    log_every: Positive  # steps
+    log_level: Literal["debug", "info", "warning"]
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    """Where results lie."""
+
+    __pydantic_config__ = _CLOSED
+    results: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree, as `conf/config.yaml` composes it."""
+
+    __pydantic_config__ = _CLOSED
+    seed: SeedConfig
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig
+    tokens: TokensConfig
+    model: ModelConfig
+    precision: PrecisionConfig
+    recipe: RecipeConfig
+    train: TrainConfig
+    convert: ConvertConfig
+    evaluate: EvaluateConfig
+    publish: PublishConfig
+    parallel: ParallelConfig
+    launch: LaunchConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    paths: PathsConfig

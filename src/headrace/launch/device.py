@@ -1,0 +1,27 @@
+"""The device that a stage computes on: `cpu`, `cuda`, or `auto`, which says what it picked."""
+
+import os
+
+import torch
+
+from headrace.errors import UserError
+
+
+def resolve(device: str) -> torch.device:
+    """`auto` picks CUDA where there is a GPU; `cuda` without one is a `UserError`, never a fall-back."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError(
+            f"launch.device=cuda: torch {torch.__version__} sees no GPU; install a CUDA build of torch "
+            "(docs/install.md) or use launch.device=cpu"
+        )
+    if device == "auto":
+        device = "cuda" if available else "cpu"
+    return torch.device(device)
+
+
+def use_threads(threads: int | None) -> int:
+    """Set torch's CPU threads; null takes every core that this process may run on. Returns the number."""
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count

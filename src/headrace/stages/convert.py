@@ -1,0 +1,34 @@
+"""convert: training checkpoint to the Hub's folder layout, checked against the checkpoint tensor by tensor."""
+
+import sys
+from pathlib import Path
+
+from headrace.checkpoint import store
+from headrace.conversion.check import verify_export
+from headrace.conversion.export import export
+from headrace.stages.pretrain import checkpoints
+from headrace.stages.run import Door, Outcome, Run, main
+
+
+def model_file(run: Run) -> Path:
+    """The checkpoint's tensors: the last ones, or those of the kept step `convert.step`."""
+    artifact, step = run.input("pretrain"), run.config.convert.step
+    return (
+        artifact / "model.safetensors" if step is None else store.at_step(checkpoints(artifact.parent), step).model_file
+    )
+
+
+def body(run: Run) -> Outcome:
+    """Export, then read everything back by another path and compare."""
+    source, config = model_file(run), run.config.convert
+    made = export(source, run.config.model, run.input("tokenizer"), run.output, config.dtype, config.max_shard_bytes)
+    verify_export(run.output, source, run.config.model)
+    summary = {"tensors": made.tensors, "shards": made.shards, "bytes": made.total_size, "dtype": config.dtype}
+    line = f"{made.tensors:,} tensors, {made.total_size / 1e6:,.1f} MB in {config.dtype.upper()}, verified"
+    return Outcome(line, summary)
+
+
+DOOR = Door("convert", body, algorithm="sha256")
+
+if __name__ == "__main__":
+    sys.exit(main(DOOR))

@@ -1,0 +1,78 @@
+"""What the Snakefile needs to know: files and command lines of every stage, for one configuration.
+
+Snakemake owns the graph, so the rules name their inputs themselves; this class only answers where a stage's files lie
+and how its program is called. Every word of a command that comes from the user is quoted for the shell here, once.
+"""
+
+import math
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from headrace.config.compose import load, overrides_from
+from headrace.corpus.sources import checked_lock, known_lock
+from headrace.stages.places import places
+
+_AGAIN = 75
+
+
+class Graph:
+    """Files and commands of all stages. `check_sources` compares the corpus' files with their lock (once a run)."""
+
+    def __init__(self, snakemake_config: Mapping[str, Any], check_sources: bool) -> None:
+        self._overrides = overrides_from(snakemake_config)
+        self.config = load(self._overrides)
+        lock, new = checked_lock(self.config, self._overrides) if check_sources else (known_lock(self.config), [])
+        self.new_sources = new
+        self.places = places(self.config, lock.hash)
+
+    def done(self, stage: str) -> str:
+        """The one file that a stage's rule declares."""
+        return str(self.places[stage].done)
+
+    def log(self, stage: str) -> str:
+        """The stage's log file."""
+        return str(self.places[stage].log)
+
+    def file(self, stage: str, name: str) -> str:
+        """A file in a stage's run directory."""
+        return str(self.places[stage].folder / name)
+
+    def batches(self) -> list[str]:
+        """The jobs that the token shards are made in: one job, many shards."""
+        units = self.config.tokens.shards + 2
+        return [f"{index:05d}" for index in range(math.ceil(units / self.config.launch.shards_per_job))]
+
+    def command(self, stage: str) -> str:
+        """The shell line of a stage. Exit 75 means "run me again"; what that takes, `launch.rerun` says."""
+        return self._until_done(f"{_quote(sys.executable)} -m headrace.stages.{stage} {self._arguments()}")
+
+    def batch_command(self) -> str:
+        """The shell line of one job of token shards; Snakemake fills in the wildcard."""
+        return self._until_done(
+            f"{_quote(sys.executable)} -m headrace.stages.tokenize_shards {{wildcards.batch:q}} {self._arguments()}"
+        )
+
+    def sync_log(self) -> str:
+        """The log of `snakemake sync`."""
+        return f"{self.config.paths.results}/sync.log"
+
+    def sync_command(self) -> str:
+        """The shell line of `snakemake sync`."""
+        return f"{_quote(sys.executable)} -m headrace.cli sync {self._arguments()} 2>&1 | tee {{log:q}}"
+
+    def _arguments(self) -> str:
+        return " ".join(_quote(word) for word in self._overrides)
+
+    def _until_done(self, command: str) -> str:
+        again = {
+            "loop": f"[ $code -eq {_AGAIN} ] || exit $code",
+            "slurm": f"[ $code -eq {_AGAIN} ] || exit $code; scontrol requeue $SLURM_JOB_ID; sleep 600",
+        }[self.config.launch.rerun]
+        return f"while true; do code=0; {command} || code=$?; {again}; done"
+
+
+def _quote(word: str) -> str:
+    """Quote for the shell, and for Snakemake's formatting, which reads braces."""
+    return shlex.quote(word).replace("{", "{{").replace("}", "}}")

@@ -1,0 +1,87 @@
+"""Where a result comes from: code version and its uncommitted diff, versions, machine.
+
+Kept beside the artifact, not in it: two machines that make the same bytes write the same manifest.
+"""
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from headrace.artifacts.files import hash_bytes, write_atomic, write_json
+
+PACKAGES = (
+    "headrace", "torch", "numpy", "tokenizers", "fastokens", "transformers", "safetensors", "pyarrow",
+    "hydra-core", "omegaconf", "snakemake", "wandb", "huggingface-hub", "lm-eval", "datasets",
+)  # fmt: skip
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+def describe(seeds: dict[str, int]) -> dict[str, Any]:
+    """Code, versions, machine and seeds, as JSON-ready facts."""
+    return {"code": code_version(), "versions": versions(), "machine": machine(), "seeds": seeds}
+
+
+def write(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `provenance.json`, the work tree's diff where there is one, and the pinned versions."""
+    write_json(folder / "provenance.json", facts)
+    diff = _git("diff", "HEAD")
+    if diff:
+        write_atomic(folder / "code.diff", diff.encode())
+    lock = _ROOT / "constraints.txt"
+    if lock.exists():
+        write_atomic(folder / "constraints.txt", lock.read_bytes())
+
+
+def code_version() -> dict[str, Any]:
+    """Commit and the hash of uncommitted changes; `commit` is null outside a git checkout."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("diff", "HEAD") or ""
+    untracked = _git("ls-files", "--others", "--exclude-standard") or ""
+    dirty = bool(changes or untracked)
+    return {
+        "commit": commit.strip() if commit else None,
+        "dirty": dirty,
+        "diff": hash_bytes((changes + untracked).encode(), "sha256") if dirty else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result, read without importing them."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Host, processor, cores that this process may use, memory in GiB."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*words: str) -> str | None:
+    try:
+        result = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout if result.returncode == 0 else None

@@ -1,0 +1,98 @@
+"""The table of stages: what each reads, its parents, its version; and the fingerprints that follow from it.
+
+A stage's fingerprint is the hash of (name, version, its slice of the configuration, its parents' fingerprints), so a
+changed value gives a new folder for that stage and everything after it, and an old value finds its old folder again.
+Raise `version` when a stage's meaning changes: that reruns it and what follows, as no edit of code or format does.
+What was requested is hashed, never what `auto` resolved to. This module imports nothing heavy: the Snakefile reads it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.config.compose import to_dict
+from headrace.config.schema import Config
+
+MACHINE_GROUPS = ("parallel", "launch", "checkpoint", "tracking", "paths")
+"""Groups that describe the machine; no stage may hash them, every stage may read them."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row: `keys` are the configuration groups it reads, `parents` the stages whose artifacts it reads."""
+
+    name: str
+    keys: tuple[str, ...]
+    parents: tuple[str, ...]
+    version: int
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("corpus", keys=("corpus",), parents=(), version=1),
+    Stage("tokenizer", keys=("tokenizer",), parents=("corpus",), version=1),
+    Stage("tokenize", keys=("tokens",), parents=("corpus", "tokenizer"), version=1),
+    Stage("pretrain", keys=("model", "precision", "recipe", "train", "seed"), parents=("tokenize",), version=1),
+    Stage("convert", keys=("convert",), parents=("tokenizer", "pretrain"), version=1),
+    Stage(
+        "evaluate", keys=("evaluate",), parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert"), version=1
+    ),
+    Stage(
+        "publish",
+        keys=("publish",),
+        parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert", "evaluate"),
+        version=1,
+    ),
+    Stage(
+        "report",
+        keys=(),
+        parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert", "evaluate", "publish"),
+        version=1,
+    ),
+)
+
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def stage_named(name: str) -> Stage:
+    """The row of one stage."""
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def readable_groups(stage: Stage) -> frozenset[str]:
+    """Groups whose values the stage's fingerprint covers, its ancestors' included, and the machine's."""
+    groups = {*stage.keys, *MACHINE_GROUPS}
+    for parent in stage.parents:
+        groups |= readable_groups(stage_named(parent))
+    return frozenset(groups)
+
+
+def slices(config: Config, sources: str) -> dict[str, dict[str, Any]]:
+    """For every stage what is hashed: name, version, the values of its groups, its parents' fingerprints.
+
+    `sources` is the hash of the corpus' lock; it is part of the corpus stage's slice.
+    """
+    tree = to_dict(config)
+    result: dict[str, dict[str, Any]] = {}
+    for stage in STAGES:
+        values = {key: tree[key] for key in stage.keys}
+        if stage.name == "corpus":
+            values["sources"] = sources
+        result[stage.name] = {
+            "stage": stage.name,
+            "version": stage.version,
+            "config": values,
+            "parents": {parent: fingerprint(result[parent]) for parent in stage.parents},
+        }
+    return result
+
+
+def fingerprint(stage_slice: dict[str, Any]) -> str:
+    """12 hexadecimal digits of the SHA-256 of a slice in canonical JSON."""
+    canonical = json.dumps(stage_slice, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def fingerprints(config: Config, sources: str) -> dict[str, str]:
+    """The fingerprint of every stage."""
+    return {name: fingerprint(stage_slice) for name, stage_slice in slices(config, sources).items()}

@@ -1,0 +1,79 @@
+"""Fingerprints: a value changes its stage and all after it, and nothing else."""
+
+import dataclasses
+
+import pytest
+
+from headrace.config.compose import load
+from headrace.stages import table
+from headrace.stages.table import MACHINE_GROUPS, NAMES, STAGES, fingerprints, readable_groups, stage_named
+
+SOURCES = "0" * 64
+
+
+def changed(*words: str) -> set[str]:
+    before, after = fingerprints(load(), SOURCES), fingerprints(load(words), SOURCES)
+    return {name for name in NAMES if before[name] != after[name]}
+
+
+def after(stage: str) -> set[str]:
+    return {row.name for row in STAGES if stage in {row.name, *row.parents}}
+
+
+@pytest.mark.parametrize(
+    ("word", "first"),
+    [
+        ("corpus.max_bytes=1000000", "corpus"),
+        ("tokenizer.sample_bytes=5", "tokenizer"),
+        ("tokens.shards=3", "tokenize"),
+        ("recipe.learning_rate.peak=2e-3", "pretrain"),
+        ("model.n_routed_experts=8", "pretrain"),
+        ("precision=fp32", "pretrain"),
+        ("seed.init=1", "pretrain"),
+        ("train.from=0123456789ab@5", "pretrain"),
+        ("convert.dtype=fp32", "convert"),
+        ("evaluate.tasks=[reasoning_gym]", "evaluate"),
+        ("publish.repo_id=me/model", "publish"),
+    ],
+)
+def test_a_changed_value_changes_its_stage_and_what_follows(word: str, first: str) -> None:
+    following = {first}
+    for row in STAGES:
+        if following & set(row.parents):
+            following.add(row.name)
+    assert changed(word) == following
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["tracking=disabled", "tracking.log_level=debug", "launch.threads=1", "launch.device=cpu", "parallel.microbatch=2",
+     "checkpoint.every_steps=7", "paths.results=/elsewhere"],
+)  # fmt: skip
+def test_the_machine_changes_nothing(word: str) -> None:
+    assert changed(word) == set()
+
+
+def test_every_group_is_either_hashed_or_the_machines() -> None:
+    groups = {field.name for field in dataclasses.fields(load())}
+    hashed = {key for row in STAGES for key in row.keys}
+    assert hashed | set(MACHINE_GROUPS) == groups
+    assert not hashed & set(MACHINE_GROUPS)
+
+
+def test_changed_sources_change_everything() -> None:
+    assert all(fingerprints(load(), "1" * 64)[name] != fingerprints(load(), SOURCES)[name] for name in NAMES)
+
+
+def test_a_raised_version_changes_the_stage_and_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprints(load(), SOURCES)
+    raised = tuple(dataclasses.replace(row, version=2) if row.name == "convert" else row for row in STAGES)
+    monkeypatch.setattr(table, "STAGES", raised)
+    now = fingerprints(load(), SOURCES)
+    assert {name for name in NAMES if now[name] != before[name]} == {"convert", "evaluate", "publish", "report"}
+
+
+def test_parents_stand_above_and_see_no_more_than_they_hash() -> None:
+    for index, row in enumerate(STAGES):
+        assert set(row.parents) <= set(NAMES[:index])
+    assert "evaluate" not in readable_groups(stage_named("pretrain"))
+    assert {"corpus", "tokens", "recipe", "launch"} <= readable_groups(stage_named("evaluate"))

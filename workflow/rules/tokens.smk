@@ -1,0 +1,68 @@
+rule tokenizer:
+    input:
+        corpus=graph.done("corpus"),
+    output:
+        done=graph.done("tokenizer"),
+    log:
+        graph.log("tokenizer"),
+    benchmark:
+        graph.file("tokenizer", "benchmark.tsv")
+    conda:
+        "../envs/main.yaml"
+    threads: 2
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    message:
+        "tokenizer: learn or load the vocabulary"
+    shell:
+        graph.command("tokenizer")
+
+
+rule tokenize_shards:
+    input:
+        corpus=graph.done("corpus"),
+        tokenizer=graph.done("tokenizer"),
+    output:
+        done=graph.file("tokenize", "batches/{batch}.done"),
+    log:
+        graph.file("tokenize", "batches/{batch}.log"),
+    benchmark:
+        graph.file("tokenize", "batches/{batch}.tsv")
+    wildcard_constraints:
+        batch="[0-9]{5}",
+    conda:
+        "../envs/main.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    message:
+        "tokenize: token shards, batch {wildcards.batch}"
+    shell:
+        graph.batch_command()
+
+
+rule tokenize:
+    input:
+        corpus=graph.done("corpus"),
+        tokenizer=graph.done("tokenizer"),
+        batches=expand(
+            graph.file("tokenize", "batches/{batch}.done"), batch=graph.batches()
+        ),
+    output:
+        done=graph.done("tokenize"),
+    log:
+        graph.log("tokenize"),
+    benchmark:
+        graph.file("tokenize", "benchmark.tsv")
+    conda:
+        "../envs/main.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    message:
+        "tokenize: gather the shards into a dataset"
+    shell:
+        graph.command("tokenize")
