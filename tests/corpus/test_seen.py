@@ -1,0 +1,44 @@
+"""The last look: any file that changed, vanished or came makes it stale, and it holds for its own key only."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from headrace.corpus.seen import look_at, recall, remember
+
+
+@pytest.fixture
+def lock_path(tmp_path: Path) -> Path:
+    for name in ("a/one.txt", "a/two.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    path = tmp_path / "lock.json"
+    remember(path, "key", look_at(str(tmp_path / name) for name in ("a/one.txt", "a/two.txt")), ["new"])
+    return path
+
+
+def test_what_was_seen_still_holds(lock_path: Path) -> None:
+    seen = recall(lock_path, "key")
+    assert seen.still() and seen.new == ["new"] and len(seen.files) == 2
+
+
+@pytest.mark.parametrize("change", ["edit", "touch", "remove", "add"])
+def test_every_change_is_seen(lock_path: Path, change: str) -> None:
+    one = lock_path.parent / "a/one.txt"
+    if change == "edit":
+        one.write_text("longer text")
+    elif change == "touch":
+        os.utime(one, (1, 1))
+    elif change == "remove":
+        one.unlink()
+    else:
+        (one.parent / "three.txt").write_text("text")
+        os.utime(one.parent, (2, 2))  # whatever the file system's clock resolves
+    assert not recall(lock_path, "key").still()
+
+
+def test_another_key_and_a_damaged_file_know_nothing(lock_path: Path) -> None:
+    assert recall(lock_path, "other").files == {}
+    lock_path.with_name("lock.json.seen").write_text("{")
+    assert recall(lock_path, "key").files == {}

@@ -1,0 +1,55 @@
+"""Splits: whole groups, near their fractions, never empty, the same every time."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.corpus.split import assign
+from headrace.errors import UserError
+
+SIZES = {f"folder/{i}": 100 + 37 * i % 500 for i in range(400)}
+
+
+def bytes_of(splits: dict[str, str], sizes: dict[str, int], split: str) -> int:
+    return sum(size for group, size in sizes.items() if splits[group] == split)
+
+
+def test_fractions_are_met_in_bytes() -> None:
+    splits = assign(SIZES, dict.fromkeys(SIZES, "code"), 0.03, 0.05)
+    total = sum(SIZES.values())
+    assert 0.04 < bytes_of(splits, SIZES, "heldout") / total < 0.0625
+    assert 0.024 < bytes_of(splits, SIZES, "validation") / total < 0.0375
+    assert splits == assign(dict(reversed(SIZES.items())), dict.fromkeys(SIZES, "code"), 0.03, 0.05)
+
+
+def test_every_kind_is_in_every_split_where_it_has_groups_enough() -> None:
+    strata = {group: "docs" if number % 40 == 0 else "code" for number, group in enumerate(SIZES)}
+    strata["folder/399"] = "rare"
+    splits = assign(SIZES, strata, 0.01, 0.02)
+    for split in ("train", "validation", "heldout"):
+        assert {strata[group] for group, where in splits.items() if where == split} >= {"code", "docs"}
+
+
+def test_a_zero_fraction_leaves_its_split_empty() -> None:
+    assert set(assign(SIZES, dict.fromkeys(SIZES, "code"), 0.0, 0.0).values()) == {"train"}
+    assert set(assign(SIZES, dict.fromkeys(SIZES, "code"), 0.1, 0.0).values()) == {"train", "validation"}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 10_000), st.sampled_from(["code", "docs", "text"])), min_size=3, max_size=40),
+    st.floats(0.001, 0.45),
+    st.floats(0.001, 0.45),
+)
+def test_no_split_is_ever_empty(groups: list[tuple[int, str]], validation: float, heldout: float) -> None:
+    sizes = {f"g{number}": size for number, (size, _) in enumerate(groups)}
+    strata = {f"g{number}": kind for number, (_, kind) in enumerate(groups)}
+    splits = assign(sizes, strata, validation, heldout)
+    assert set(splits) == set(sizes)
+    assert set(splits.values()) == {"train", "validation", "heldout"}
+
+
+def test_too_few_groups_are_refused() -> None:
+    with pytest.raises(UserError, match=r"corpus: too small: 2 group"):
+        assign({"a": 1, "b": 2}, {"a": "text", "b": "text"}, 0.1, 0.1)
+    with pytest.raises(UserError, match="too small"):
+        assign({}, {}, 0.0, 0.0)

