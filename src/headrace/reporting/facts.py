@@ -1,0 +1,230 @@
+"""Everything that the report may say, as plain frozen dataclasses.
+
+The stage door fills them (`read.py` translates artifacts); the drawing code reads nothing else, so what is on the
+page can be traced to a field here. Units are part of the names or stated beside them. `None` means "not measured" and
+is shown as such, never as zero. Mappings keep the order in which they are given.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Point = tuple[float, float]
+"""(training tokens seen so far, value)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value and its 95 % interval; `low` and `high` are None where none was computed."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One box of the DAG, in the order in which stages run."""
+
+    name: str
+    fingerprint: str
+    parents: tuple[str, ...]
+    seconds: float | None
+    made: str  # a few words: "4,096 merges", "2.9 M tokens in 8 shards"
+    manifest_hash: str | None  # None while the stage is at work: the report's own
+    inputs: Mapping[str, str]  # input name -> manifest hash
+    folder: str
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Documents and bytes of text under one name: a kind of text, or a source."""
+
+    name: str
+    documents: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of the corpus. Tokens are counted per split, not per kind."""
+
+    name: str
+    documents: int
+    text_bytes: int
+    tokens: int | None
+    kinds: tuple[Amount, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text came from and under which licence."""
+
+    name: str
+    licence: str
+    documents: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data page: what was kept, what was dropped, where it came from, and the tokenizer that cut it."""
+
+    splits: tuple[Split, ...]
+    drops: Mapping[str, int]  # rule -> documents that it left out
+    sources: tuple[Source, ...]
+    refused: Mapping[str, str]  # source -> why none of it was taken
+    vocabulary: int | None
+    tokenizer_engine: str | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One quantity of the recipe over tokens, for example the learning rate."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Share of tokens that each expert received; `layers[name][i][e]` belongs to `tokens[i]` and sums to 1 over e."""
+
+    tokens: tuple[float, ...]
+    layers: Mapping[str, tuple[tuple[float, ...], ...]]
+    max_violation: tuple[Point, ...]  # MaxVio: (largest load - mean load) / mean load, arXiv 2408.15664
+
+
+@dataclass(frozen=True)
+class Training:
+    """The pretrain stage: what was trained, how long it took and what was logged on the way."""
+
+    parameters: int  # of the main model
+    parameters_activated: int
+    parameters_mtp: int  # of the multi-token-prediction module, apart from the main model's
+    tokens: int
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    mfu: float | None  # model FLOPs over the GEMM peak measured at start, 0..1
+    gemm_peak_flops: float | None  # FLOP/s
+    loss_train: float  # nats per token, at the end
+    loss_validation: float | None
+    skipped_steps: int  # steps whose loss or gradient was not finite
+    curves: Mapping[str, tuple[Point, ...]]  # keys: CURVES
+    schedules: tuple[Schedule, ...]
+    expert_load: ExpertLoad | None
+
+
+CURVES = ("train", "validation", "mtp", "gradient_norm", "tokens_per_second", "mfu")
+"""The names of `Training.curves`: losses in nats per token, the norm before clipping, tokens/s, and MFU in 0..1."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another model on the same text; `difference`: ours minus this, paired by document; below 0 ours is better."""
+
+    value: float
+    difference: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """The model and its baselines on held-out text of one kind; `kind` is 'all' for everything together."""
+
+    kind: str
+    documents: int
+    text_bytes: int
+    model: Estimate
+    baselines: Mapping[str, Baseline]  # 'unigram', 'bigram', 'trigram', 'xz -9', ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the harness. `chance` is what guessing scores, None where that has no meaning."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    items: int
+    shots: int
+    score: Estimate
+    chance: float | None
+    measures: str  # a few words on what it tests
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two forms of the same model on the same tokens: absolute difference of log-probabilities, nats per token."""
+
+    compared: str  # "in memory / reloaded checkpoint"
+    tokens: int
+    mean: float
+    largest: float
+    identical: bool  # bit for bit
+    limit: float | None  # the fail line for `largest`; None where nothing is required
+    tied_rows: int  # rows set aside because two experts tied
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Generated text, shown as it came out."""
+
+    prompt: str
+    continuation: str
+    settings: str  # "greedy", "temperature 0.8"
+    document: str  # where the prompt is from
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluate stage."""
+
+    bits_per_byte: tuple[BitsPerByte, ...]  # 'all' first
+    tasks: tuple[Task, ...]
+    agreement: tuple[Agreement, ...]
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The converted model and where it went."""
+
+    repository: str | None  # None: a local folder only
+    commit: str | None
+    tag: str | None
+    folder: str
+    format: str  # "BF16 safetensors, 2 shards"
+    files: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One configuration key that differs from its default; both sides as they are written in YAML."""
+
+    key: str
+    default: Any
+    here: Any
+
+
+@dataclass(frozen=True)
+class ReportFacts:
+    """All of it. `stages` and `config` are always there; what a run did not measure is None."""
+
+    title: str
+    command: str  # makes the same run again
+    results_folder: str
+    report_path: str
+    finished: str | None  # a date in words, from the newest stage; never the time of drawing
+    stages: tuple[Stage, ...]
+    config: Mapping[str, Any]  # the whole tree, a mapping per group
+    differences: tuple[Difference, ...]
+    data: Data | None
+    training: Training | None
+    evaluation: Evaluation | None
+    publication: Publication | None
+    versions: Mapping[str, str]  # package -> version
+    machine: Mapping[str, str]  # "processor", "memory", "operating system", ...
+    code: Mapping[str, str]  # "commit", "work tree"

@@ -1,0 +1,113 @@
+"""`report.html`: one file with everything inside, no script, and no request to anywhere.
+
+The template and the style sheet lie beside this module. Jinja escapes all text, figures are built of escaped parts, and
+a content security policy forbids every load but embedded images: text that slipped through would fetch nothing.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from headrace.artifacts.files import write_atomic
+from headrace.reporting import figures, quantities
+from headrace.reporting.facts import BitsPerByte, ReportFacts
+
+_HERE = Path(__file__).parent
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
+
+
+def render(facts: ReportFacts) -> str:
+    """The whole page as HTML; equal facts give equal text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        exact=quantities.exact, short=quantities.short, size=_unbroken(quantities.size), plain=quantities.plain,
+        percent=_unbroken(quantities.percent), duration=_unbroken(quantities.duration), fixed=quantities.fixed,
+        visible=visible, written=_written,
+    )  # fmt: skip
+    environment.globals["interval"] = _unbroken(quantities.interval)
+    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))  # noqa: S704  our own file
+    return environment.get_template("report.html.j2").render(facts=facts, style=style, **_context(facts))
+
+
+def write_report(facts: ReportFacts, path: Path) -> None:
+    """Render and publish the page atomically; characters that UTF-8 cannot hold become '?'."""
+    write_atomic(path, render(facts).encode("utf-8", "replace"))
+
+
+def visible(text: str) -> str:
+    """Control characters as their pictures, which HTML can hold and a reader can see; newline and tab stay."""
+    return "".join(
+        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if c == "\x7f" else c for c in text
+    )
+
+
+def headline_score(facts: ReportFacts) -> BitsPerByte | None:
+    """Bits per byte over all held-out text."""
+    scores = facts.evaluation.bits_per_byte if facts.evaluation else ()
+    return next((score for score in scores if score.kind == "all"), None)
+
+
+def _context(facts: ReportFacts) -> dict[str, Any]:
+    training, evaluation, score = facts.training, facts.evaluation, headline_score(facts)
+    log, loads = (figures.source_of(facts, "pretrain", file) for file in ("metrics.jsonl", "expert_load.json"))
+    results = figures.source_of(facts, "evaluate", "results.json")
+    plan = "recipe, under Configuration"
+    return {
+        "score": score,
+        "verdict": figures.verdict(score.model, score.baselines).replace("xz ", f"xz{NO_BREAK_SPACE}") if score else "",
+        "seconds": sum(stage.seconds or 0.0 for stage in facts.stages),
+        "standing": figures.standing_figure(score, results) if score else None,
+        "dag": figures.dag_figure(facts),
+        "loss": figures.loss_figure(training, log) if training else None,
+        "constants": figures.constants(training) if training else "",
+        "schedules": figures.schedule_figures(training, plan) if training else [],
+        "experts": figures.expert_figures(training, loads) if training else [],
+        "throughput": figures.throughput_figures(training, log) if training else [],
+        "gradient": figures.gradient_figure(training, log) if training else None,
+        "kinds": figures.kinds_figure(evaluation, results) if evaluation else None,
+        "tasks": figures.task_figures(evaluation, results) if evaluation else [],
+        "baselines": _baseline_names(facts),
+        "paired": (paired := _paired_names(facts)),
+        "paired_columns": [(f"minus {name}", True) for name in paired],
+        "baseline_columns": [(name, True) for name in _baseline_names(facts)],
+        "groups": {name: _yaml(tree) for name, tree in facts.config.items()},
+    }
+
+
+def _baseline_names(facts: ReportFacts) -> list[str]:
+    scores = facts.evaluation.bits_per_byte if facts.evaluation else ()
+    return list(dict.fromkeys(name for score in scores for name in score.baselines))
+
+
+def _paired_names(facts: ReportFacts) -> list[str]:
+    """Baselines that were compared document by document."""
+    scores = facts.evaluation.bits_per_byte if facts.evaluation else ()
+    return list(dict.fromkeys(name for score in scores for name, other in score.baselines.items() if other.difference))
+
+
+def _unbroken(write: Callable[..., str]) -> Callable[..., str]:
+    """The same words with spaces that do not break a line."""
+    return lambda *values: write(*values).replace(" ", NO_BREAK_SPACE)
+
+
+def _yaml(tree: Any) -> str:
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)).removesuffix("...\n").rstrip("\n")
+
+
+def _written(value: Any) -> str:
+    """A configuration value on one line, as YAML writes it."""
+    return (
+        str(yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6))
+        .removesuffix("...\n")
+        .strip()
+    )

