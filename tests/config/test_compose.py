@@ -119,6 +119,10 @@ def test_snakemake_words_become_hydra_overrides() -> None:
     assert words == ["experiment=tiny", "a.b=[1, 2]", "c='x y'", "recipe.optimizer.name=adamw"]
 
 
+def test_a_quote_that_snakemake_strips_is_put_back() -> None:
+    assert overrides_from({"set": "a.b=1 publish.title='Another title"}) == ["a.b=1", "publish.title='Another title'"]
+
+
 @given(
     st.lists(
         st.text(st.characters(codec="ascii", exclude_characters="'\"()[]{} \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"), min_size=1)

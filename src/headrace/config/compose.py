@@ -60,6 +60,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain
 
 
+def group_to_dict(group: Any) -> Any:
+    """One group of the tree as JSON-ready containers."""
+    return TypeAdapter(type(group)).dump_python(group, mode="json", by_alias=True)
+
+
 def overrides_from(snakemake_config: Mapping[str, Any]) -> list[str]:
     """Translate Snakemake's `config` into Hydra overrides.
 
@@ -70,7 +75,7 @@ def overrides_from(snakemake_config: Mapping[str, Any]) -> list[str]:
     overrides: list[str] = []
     for key, value in snakemake_config.items():
         if key == "set":
-            overrides += split_words(str(value))
+            overrides += split_words(_with_last_quote(str(value)))
         elif isinstance(value, Mapping):
             overrides += [f"{name}={item}" for name, item in _flatten(key, value)]
         else:
@@ -96,6 +101,17 @@ def split_words(text: str) -> list[str]:
         else:
             current += character
     return [*words, current] if current else words
+
+
+def _with_last_quote(text: str) -> str:
+    """Snakemake strips quotes from the ends of a value, so that `set="a.b='x y'"` arrives without its last one."""
+    quote = ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+    return text + quote
 
 
 def _flatten(prefix: str, tree: Mapping[str, Any]) -> list[tuple[str, Any]]:

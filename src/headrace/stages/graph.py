@@ -46,7 +46,10 @@ class Graph:
 
     def command(self, stage: str) -> str:
         """The shell line of a stage. Exit 75 means "run me again"; what that takes, `launch.rerun` says."""
-        return self._until_done(f"{_quote(sys.executable)} -m headrace.stages.{stage} {self._arguments()}")
+        line = self._until_done(f"{_quote(sys.executable)} -m headrace.stages.{stage} {self._arguments()}")
+        # Without a shared file system Snakemake expects the declared file elsewhere than the stage writes it.
+        done = _quote(self.done(stage))
+        return f"{line}; [ {done} -ef {{output.done:q}} ] || cp {done} {{output.done:q}}"
 
     def batch_command(self) -> str:
         """The shell line of one job of token shards; Snakemake fills in the wildcard."""
@@ -70,7 +73,7 @@ class Graph:
             "loop": f"[ $code -eq {_AGAIN} ] || exit $code",
             "slurm": f"[ $code -eq {_AGAIN} ] || exit $code; scontrol requeue $SLURM_JOB_ID; sleep 600",
         }[self.config.launch.rerun]
-        return f"while true; do code=0; {command} || code=$?; {again}; done"
+        return f"while true; do code=0; {command} || code=$?; [ $code -ne 0 ] || break; {again}; done"
 
 
 def _quote(word: str) -> str:

@@ -15,12 +15,14 @@ the manifest as the last act. Exit codes: 0 done, 2 the user's input is wrong, 7
 
 import errno
 import logging
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +39,7 @@ from headrace.stages import provenance
 from headrace.stages.attempts import RUN_AGAIN, Ledger
 from headrace.stages.lease import Lease
 from headrace.stages.places import Place, places
-from headrace.stages.table import readable_groups, stage_named
+from headrace.stages.table import MACHINE_GROUPS, readable_groups, stage_named
 from headrace.tracking.redact import RedactingFilter, Redactor
 from headrace.tracking.tracker import Tracker
 
@@ -83,6 +85,7 @@ class Run:
     place: Place
     config: Config  # a view that refuses groups which the stage's fingerprint does not cover
     lock: Lock
+    command: str  # makes the same run again
     parents: dict[str, Place]
     output: Path
     deadline: Deadline
@@ -186,7 +189,8 @@ def _work(job: _Job, log: logging.Logger) -> str:
     log.info("%s %s starts: %s", place.stage, place.fingerprint, facts["code"])
     with _open_tracker(config, place, parents, job.places["report"].fingerprint, log) as tracker:
         seen = cast(Config, CoveredConfig(config, readable_groups(row)))
-        run = Run(place, seen, job.lock, parents, output, job.deadline, log, tracker)
+        command = command_for(job.overrides)
+        run = Run(place, seen, job.lock, command, parents, output, job.deadline, log, tracker)
         outcome = job.door.body(run)
         manifest = manifests.build(
             output,
@@ -200,11 +204,19 @@ def _work(job: _Job, log: logging.Logger) -> str:
         tracker.summary(outcome.summary)
         tracker.artifact(f"{row.name}-{place.fingerprint}", row.name, place.artifact / manifests.NAME)
     seconds = time.monotonic() - started
-    write_json(place.folder / "provenance.json", {**facts, "seconds": round(seconds, 2)})
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    ended = {"seconds": round(seconds, 2), "finished": finished, "made": outcome.line}
+    write_json(place.folder / "provenance.json", {**facts, **ended})
     _finish(place, manifest, job.door.after)
     say(place, outcome.line, seconds)
     log.info("done in %.1f s: %s", seconds, outcome.line)
     return outcome.line
+
+
+def command_for(overrides: Sequence[str]) -> str:
+    """The command that makes the same results; settings of the machine are left out."""
+    words = [word for word in overrides if word.split("=")[0].split(".")[0] not in MACHINE_GROUPS]
+    return f"snakemake --config set={shlex.quote(' '.join(words))}" if words else "snakemake"
 
 
 def _write_slice(place: Place) -> None:

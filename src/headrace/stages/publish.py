@@ -1,0 +1,122 @@
+"""publish: the converted model as a repository with card and scores, in a local folder and, where asked, on the Hub."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from headrace.artifacts.files import read_json, write_json
+from headrace.conversion.hub_config import CONFIG
+from headrace.errors import UserError
+from headrace.planning.parameters import count
+from headrace.publication.facts import CardFacts, DataSource, Measurement
+from headrace.publication.hub import push
+from headrace.publication.repository import build_repository
+from headrace.stages import provenance
+from headrace.stages.run import Door, Outcome, Run, main
+
+PUBLICATION = "publication.json"
+
+
+def body(run: Run) -> Outcome:
+    """Build the tree, pass it through the gate, and push it where `publish.repo_id` names a repository."""
+    settings = run.config.publish
+    code = provenance.code_version()
+    if code["dirty"] and not settings.allow_dirty:
+        raise UserError("publish.allow_dirty=false: the work tree has uncommitted changes; commit them or allow it")
+    results = run.input("evaluate") / "results.json"
+    repository = repository_of(run.output)
+    files = build_repository(repository, run.input("convert"), card_facts(run, code), results=results)
+    facts: dict[str, Any] = {"repo_id": settings.repo_id, "commit": None, "tag": None, "files": files}
+    where = "local folder"
+    if settings.repo_id:
+        pushed = push(
+            repository, settings.repo_id, private=settings.private, message=f"{settings.title} {run.place.fingerprint}"
+        )
+        facts = {**asdict(pushed), "files": files}
+        where = f"{pushed.url} at {pushed.tag}"
+    write_json(run.output / PUBLICATION, facts)
+    size = sum(path.stat().st_size for path in repository.rglob("*") if path.is_file())
+    summary = {"repo_id": settings.repo_id, "files": len(files), "bytes": size}
+    return Outcome(f"{len(files)} files, {size / 1e6:,.1f} MB, {where}", summary)
+
+
+def card_facts(run: Run, code: dict[str, Any]) -> CardFacts:
+    """What the model card says, from the artifacts of the run."""
+    config, parameters = run.config, count(run.config.model)
+    corpus, training = (
+        read_json(run.input("corpus") / "corpus.json"),
+        read_json(run.input("pretrain") / "training.json"),
+    )
+    results, machine = read_json(run.input("evaluate") / "results.json"), provenance.machine()
+    trained_on = read_json(run.parents["pretrain"].folder / "provenance.json").get("machine", machine)
+    return CardFacts(
+        title=config.publish.title,
+        license=config.publish.license,
+        repo_id=config.publish.repo_id,
+        fingerprint=run.place.fingerprint,
+        config=read_json(run.input("convert") / CONFIG),
+        parameters=parameters.total + parameters.mtp,
+        parameters_activated=parameters.activated,
+        parameters_mtp=parameters.mtp,
+        tokens=training["tokens"],
+        sequence_length=config.recipe.sequence_length,
+        flops=training["tokens"] * training["flops_per_token"],
+        seconds=training["seconds"],
+        hardware=f"{trained_on['processor']}, {training['threads']} threads, {training['device']}",
+        precision=training["compute"],
+        dtype=config.convert.dtype,
+        optimizer=config.recipe.optimizer.name,
+        sources=list(data_sources(corpus)),
+        measurements=list(measurements(results)),
+        versions=provenance.versions(),
+        code_version=f"{code['commit'] or 'no commit'}{' with uncommitted changes' if code['dirty'] else ''}",
+        command=run.command,
+        languages=["en", "code"] if config.corpus.source == "environment" else [],
+    )
+
+
+def data_sources(corpus: dict[str, Any]) -> Iterator[DataSource]:
+    """Training sources with their licences, largest first."""
+    packages = (corpus.get("environment") or {}).get("packages", {})
+    sources = corpus["splits"]["train"]["sources"]
+    for name, entry in sorted(sources.items(), key=lambda item: -item[1]["bytes"]):
+        yield DataSource(name, source_licence(name, packages), entry["documents"], entry["bytes"])
+
+
+def source_licence(name: str, packages: dict[str, Any]) -> str:
+    """The licence that a source declares; the standard library's is Python's own."""
+    if name == "stdlib":
+        return "PSF-2.0"
+    package = packages.get(name.removeprefix("packages/"))
+    return str(package["licence"]) if package else "not declared"
+
+
+def measurements(results: dict[str, Any]) -> Iterator[Measurement]:
+    """Bits per byte by kind and the tasks' scores, as the card's table shows them."""
+    for kind, entry in results["bits_per_byte"]["kinds"].items():
+        models = entry["models"]
+        baselines = {name: other["value"] for name, other in models.items() if name != "model"}
+        own = models["model"]
+        yield Measurement(
+            f"Bits per byte, {kind}", "held-out text of the corpus", None, "bits_per_byte",
+            own["value"], own["low"], own["high"], entry["documents"], baselines,
+        )  # fmt: skip
+    for name, task in results["tasks"].items():
+        chance = {"chance": task["chance"]} if task["chance"] is not None else {}
+        score = task["score"]
+        yield Measurement(
+            name, task["measures"], None, task["metric"], score["value"], score["low"], score["high"], task["items"], chance
+        )  # fmt: skip
+
+
+def repository_of(artifact: Path) -> Path:
+    """The tree that goes to the Hub."""
+    return artifact / "repository"
+
+
+DOOR = Door("publish", body, algorithm="sha256")
+
+if __name__ == "__main__":
+    sys.exit(main(DOOR))
