@@ -275,8 +275,6 @@ class LaunchConfig:
     minutes: PositiveFloat | None  # time budget of one job; the stage saves and exits 75 before it ends
     rerun: Literal["loop", "slurm"]  # what exit 75 leads to: run again at once, or `scontrol requeue`
     shards_per_job: Positive
-    nodes: Positive
-    gpus_per_node: Count
 
 
 @dataclass(frozen=True)
