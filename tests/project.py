@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 ROOT = Path(__file__).resolve().parents[1]
 CANARIES = {"HF_TOKEN": "hf_" + "CanaryForHeadrace" * 2, "WANDB_API_KEY": "c0ffee" * 6 + "c0ff"}
 STAGES = ("corpus", "tokenizer", "tokenize", "pretrain", "convert", "evaluate", "publish", "report")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from project import CANARIES, ROOT, STAGES, Project, copy_of
 
 pytestmark = pytest.mark.workflow

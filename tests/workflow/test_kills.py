@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import psutil
 import pytest
+
 from project import STAGES, Project, copy_of
 
 pytestmark = pytest.mark.workflow

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from project import ROOT, Project, copy_of
 
 from headrace.stages.graph import Graph
+from project import ROOT, Project, copy_of
 
 pytestmark = pytest.mark.workflow
 

@@ -5,6 +5,7 @@ names that look like paths. The caps here close that. Names never become paths a
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,6 +119,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         )
         sync_file(temporary)
         temporary.replace(path)
+    except safetensors.SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(error))
+        # The library hides the system's error in its text; a full disk must be told apart from a bug.
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

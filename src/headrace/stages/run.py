@@ -284,11 +284,18 @@ def _open_tracker(config: Config, place: Place, parents: dict[str, Place], group
     )
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written, as on a full disk, adds no noise: the stage itself says what is wrong."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the library's name
+        """Pass over it."""
+
+
 def _open_log(folder: Path, level: str) -> logging.Logger:
     log = logging.getLogger(f"headrace.{folder.parent.name}.{folder.name}")
     log.setLevel(level.upper())
     log.propagate = False
-    to_file, to_terminal = logging.FileHandler(folder / "log.txt", encoding="utf-8"), logging.StreamHandler(sys.stderr)
+    to_file, to_terminal = _LogFile(folder / "log.txt", encoding="utf-8"), logging.StreamHandler(sys.stderr)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_file.addFilter(RedactingFilter())
     to_terminal.setLevel(logging.WARNING)
