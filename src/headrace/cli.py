@@ -5,6 +5,7 @@ Thin: each command composes the configuration, asks one room and prints. Stages 
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,11 @@ def _plan(arguments: argparse.Namespace) -> str:
 def _sync(arguments: argparse.Namespace) -> str:
     from headrace.tracking.sync import sync
 
-    return sync(Path(load(arguments.overrides).paths.results))
+    done = sync(Path(load(arguments.overrides).paths.results), log=logging.getLogger("headrace"))
+    text = f"{done.runs} runs, {done.uploaded} uploaded, {done.linked} inputs linked"
+    if done.failed:
+        raise UserError(f"{text}, {done.failed} failed (see above); run it again")
+    return text
 
 
 if __name__ == "__main__":

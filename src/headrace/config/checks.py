@@ -10,12 +10,16 @@ from headrace.config.schema import Config, ModelConfig, RecipeConfig, TokenSpan
 def problems(config: Config) -> list[str]:
     """Every impossible combination in `config`, as one sentence each; empty when there is none."""
     return [
-        *_router(config.model),
-        *_shapes(config.model),
+        *model_problems(config.model),
         *_recipe(config.recipe),
         *_across_groups(config),
         *_layout(config),
     ]
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """Impossible combinations within the network alone, for configurations that come from elsewhere."""
+    return [*_router(model), *_shapes(model)]
 
 
 def tokens_in(span: TokenSpan, budget: int) -> int:
@@ -86,8 +90,7 @@ def _across_groups(config: Config) -> list[str]:
             f"model.vocab_size={config.model.vocab_size} is smaller than "
             f"tokenizer.vocab_size={config.tokenizer.vocab_size}"
         )
-    needed = config.recipe.sequence_length + config.model.num_nextn_predict_layers
-    if needed > config.model.max_position_embeddings:
+    if config.recipe.sequence_length > config.model.max_position_embeddings:
         wrong.append(
             f"recipe.sequence_length={config.recipe.sequence_length} does not fit "
             f"model.max_position_embeddings={config.model.max_position_embeddings}"

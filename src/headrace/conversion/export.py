@@ -1,0 +1,135 @@
+"""Training checkpoint to Hub folder: the tensors of `names.py` in shards, with everything that makes them loadable.
+
+    model-00001-of-000002.safetensors ...   V3's spelling: 5-digit number, 6-digit total
+    model.safetensors.index.json            where each tensor lies, and their size together
+    config.json, generation_config.json     the network, and the ids that begin and end a text
+    tokenizer.json, tokenizer_config.json   copied
+
+Shards are planned from shapes alone, then filled one checkpoint tensor at a time. Weights are cast to the asked dtype
+(BF16 rounds to nearest even); the router's selection bias is FP32 in every export. No quantisation happens here.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headrace.artifacts.files import write_json
+from headrace.artifacts.tensors import TensorFile, open_tensors
+from headrace.config.schema import ModelConfig
+from headrace.conversion.hub_config import CONFIG, Dtype, write_hub_config
+from headrace.conversion.names import HubTensor, check_tensors, checkpoint_shapes, hub_tensors, keeps_fp32
+from headrace.conversion.special_tokens import SpecialTokens, copy_tokenizer, read_special_tokens
+from headrace.conversion.streaming import PlannedTensor, TensorWriter
+from headrace.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}  # without it transformers refuses the file
+_TORCH: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: number of tensors and shards, bytes of all tensors together."""
+
+    tensors: int
+    shards: int
+    total_size: int
+
+
+def export(
+    checkpoint_tensors: Path,
+    config: ModelConfig,
+    tokenizer_folder: Path,
+    out: Path,
+    dtype: Dtype,
+    max_shard_bytes: int,
+) -> Exported:
+    """Write the Hub folder `out` (new or empty) from a checkpoint's `model.safetensors`.
+
+    A shard holds at most `max_shard_bytes` of tensors, or one tensor that alone is larger. Memory: one checkpoint
+    tensor and a cast. Raises `UserError` for a missing, unknown, wrongly shaped or non-FP32 tensor and for values that
+    are not finite, each by name.
+    """
+    tokens = read_special_tokens(tokenizer_folder, config.vocab_size)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise UserError(f"{out}: is not empty; export into a new folder")
+    tensors = hub_tensors(config)
+    shards = plan_shards(tensors, _TORCH[dtype], max_shard_bytes)
+    with open_tensors(checkpoint_tensors) as checkpoint:
+        _check_checkpoint(checkpoint, config)
+        _write_shards(checkpoint, tensors, shards, out)
+    total = sum(planned.bytes for plan in shards.values() for planned in plan.values())
+    weight_map = {name: file for file, plan in shards.items() for name in plan}
+    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(out / CONFIG, write_hub_config(config, dtype, tokens))
+    write_json(out / "generation_config.json", _generation_config(tokens))
+    copy_tokenizer(tokenizer_folder, out)
+    return Exported(len(tensors), len(shards), total)
+
+
+def plan_shards(
+    tensors: list[HubTensor], dtype: torch.dtype, max_shard_bytes: int
+) -> dict[str, dict[str, PlannedTensor]]:
+    """Which tensors go into which file, in order, filled up to `max_shard_bytes`."""
+    plans: list[dict[str, PlannedTensor]] = [{}]
+    filled = 0
+    for tensor in tensors:
+        planned = PlannedTensor(torch.float32 if keeps_fp32(tensor.name) else dtype, tensor.shape)
+        if plans[-1] and filled + planned.bytes > max_shard_bytes:
+            plans.append({})
+            filled = 0
+        plans[-1][tensor.name] = planned
+        filled += planned.bytes
+    return {f"model-{number:05d}-of-{len(plans):06d}.safetensors": plan for number, plan in enumerate(plans, 1)}
+
+
+def _check_checkpoint(checkpoint: TensorFile, config: ModelConfig) -> None:
+    infos = {name: checkpoint.info(name) for name in checkpoint.keys()}  # noqa: SIM118 - TensorFile is no mapping
+    check_tensors(checkpoint.path, {name: info.shape for name, info in infos.items()}, checkpoint_shapes(config))
+    for name, info in infos.items():
+        if info.dtype != "F32":
+            raise UserError(
+                f"{checkpoint.path}: tensor {name} is {info.dtype}; a training checkpoint holds F32 weights"
+            )
+
+
+def _write_shards(
+    checkpoint: TensorFile,
+    tensors: list[HubTensor],
+    shards: Mapping[str, Mapping[str, PlannedTensor]],
+    out: Path,
+) -> None:
+    """Fill the shards in order; each is published as soon as the next begins, so two are never open."""
+    shard_of = {name: file for file, plan in shards.items() for name in plan}
+    with ExitStack() as stack:
+        current, writer = "", None
+        for source, pieces in groupby(tensors, key=lambda tensor: tensor.source):
+            weights = checkpoint.get(source)
+            for piece in pieces:
+                file = shard_of[piece.name]
+                if writer is None or file != current:
+                    stack.close()
+                    current = file
+                    writer = stack.enter_context(TensorWriter(out / file, shards[file], METADATA))
+                part = weights if piece.expert is None else weights[piece.expert]
+                writer.write(piece.name, _cast(checkpoint.path, piece, part, shards[file][piece.name].dtype))
+
+
+def _cast(path: Path, piece: HubTensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = weights.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise UserError(
+            f"{path}: tensor {piece.source} is not finite as {dtype}; the run diverged, use an earlier step"
+        )
+    return cast
+
+
+def _generation_config(tokens: SpecialTokens) -> dict[str, object]:
+    """Greedy by default: a base model's sampling settings are its user's choice."""
+    return {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad, "do_sample": False}

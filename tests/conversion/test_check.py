@@ -1,0 +1,193 @@
+"""Every kind of damage to an export is found and named; a sound export passes."""
+
+import json
+import shutil
+from math import prod
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conversion_models import VARIANTS, checkpoint_of, reference_model, tiny_model, tokenizer_folder
+from headrace.conversion.check import verify_export
+from headrace.conversion.export import export
+from headrace.conversion.names import hub_tensors
+from headrace.errors import UserError
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(name="made", scope="module", params=["fp32", "bf16"])
+def _made(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    config = tiny_model()
+    checkpoint_of(reference_model(config), config, folder / "model.safetensors")
+    tokenizer = tokenizer_folder(folder / "tokenizer")
+    export(folder / "model.safetensors", config, tokenizer, folder / "hub", request.param, 300_000)
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_sound_export_passes_and_every_element_is_counted(variant, tmp_path):
+    config = tiny_model(**VARIANTS[variant])
+    checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "bf16", 1 << 30)
+    elements = verify_export(tmp_path / "hub", tmp_path / "model.safetensors", config)
+    assert elements == sum(prod(tensor.shape) for tensor in hub_tensors(config))
+
+
+def alter(hub, tensor, change):
+    index = json.loads((hub / "model.safetensors.index.json").read_text())
+    path = hub / index["weight_map"][tensor]
+    tensors = load_file(path)
+    changed = change(tensors.pop(tensor))
+    save_file({**tensors, **({} if changed is None else {tensor: changed})}, path, {"format": "pt"})
+
+
+def one_weight(hub):
+    def nudge(tensor):
+        tensor[2, 3] = torch.nextafter(tensor[2, 3], torch.tensor(9, dtype=tensor.dtype))
+        return tensor
+
+    alter(hub, "model.layers.1.mlp.experts.4.down_proj.weight", nudge)
+    return r"experts.4.down_proj.weight differs from the checkpoint in 1 of \d+ elements, first at flat index 67 "
+
+
+def sign_of_zero(hub):
+    def negate(tensor):
+        tensor[0] = -tensor[0]
+        return tensor
+
+    alter(hub, "model.layers.2.enorm.weight", negate)
+    return r"model.layers.2.enorm.weight differs"
+
+
+def rounded_bias(hub):
+    alter(hub, BIAS, lambda tensor: tensor.bfloat16().float())
+    return f"{BIAS} differs"
+
+
+def bias_dtype(hub):
+    alter(hub, BIAS, lambda tensor: tensor.bfloat16())
+    return f"{BIAS} is torch.bfloat16"
+
+
+def swapped_experts(hub):
+    names = [f"model.layers.1.mlp.experts.{expert}.gate_proj.weight" for expert in (0, 1)]
+    kept = []
+    alter(hub, names[0], lambda tensor: kept.append(tensor) or tensor)
+    alter(hub, names[1], lambda tensor: kept[0])
+    return "experts.1.gate_proj.weight differs"
+
+
+def stale_copy(hub):
+    alter(hub, "model.layers.2.shared_head.head.weight", lambda tensor: tensor * 2)
+    return "shared_head.head.weight differs"
+
+
+def lost_tensor(hub):
+    alter(hub, "model.norm.weight", lambda tensor: None)
+    return "model.norm.weight is missing"
+
+
+def lost_everywhere(hub):
+    alter(hub, "model.layers.2.hnorm.weight", lambda tensor: None)
+    path = hub / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.layers.2.hnorm.weight"]
+    path.write_text(json.dumps(index))
+    return "model.layers.2.hnorm.weight is missing"
+
+
+def transposed(hub):
+    alter(hub, "model.layers.0.self_attn.kv_b_proj.weight", lambda tensor: tensor.T.contiguous())
+    return "kv_b_proj.weight has shape"
+
+
+def wrong_total(hub):
+    path = hub / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["metadata"]["total_size"] += 4
+    path.write_text(json.dumps(index))
+    return "total_size"
+
+
+def stray_file(hub):
+    save_file({"x": torch.zeros(1)}, hub / "model-00099-of-000099.safetensors")
+    return "model-00099-of-000099.safetensors: not in the index"
+
+
+def no_format(hub):
+    path = next(hub.glob("*.safetensors"))
+    save_file(load_file(path), path)
+    return "lacks format=pt"
+
+
+def cut_short(hub):
+    path = next(hub.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    return f"{path.name}: not a whole safetensors file"
+
+
+def malformed_index(hub):
+    (hub / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    return "not an index"
+
+
+def other_dtype(hub):
+    path = hub / "config.json"
+    written = json.loads(path.read_text())
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[written["dtype"]]
+    path.write_text(json.dumps({**written, "dtype": other}))
+    return r"is torch\.\w+, it must be torch\."
+
+
+def unknown_dtype(hub):
+    path = hub / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float16"}))
+    return "dtype is 'float16'"
+
+
+def other_scaling(hub):
+    path = hub / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "routed_scaling_factor": 1.0}))
+    return "routed_scaling_factor is 1.0"
+
+
+DAMAGES = [
+    one_weight,
+    sign_of_zero,
+    rounded_bias,
+    bias_dtype,
+    swapped_experts,
+    stale_copy,
+    lost_tensor,
+    lost_everywhere,
+    transposed,
+    wrong_total,
+    stray_file,
+    no_format,
+    other_scaling,
+    cut_short,
+    malformed_index,
+    other_dtype,
+    unknown_dtype,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_named(damage, made, tmp_path):
+    hub = shutil.copytree(made / "hub", tmp_path / "hub")
+    verify_export(hub, made / "model.safetensors", tiny_model())
+    message = damage(hub)
+    with pytest.raises(UserError, match=message):
+        verify_export(hub, made / "model.safetensors", tiny_model())
+
+
+def test_an_altered_checkpoint_is_found_too(made, tmp_path):
+    tensors = load_file(made / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.up_proj.weight"][7, 0, 0] *= 1.5
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"experts.7.up_proj.weight differs"):
+        verify_export(made / "hub", tmp_path / "other.safetensors", tiny_model())

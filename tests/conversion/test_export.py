@@ -1,0 +1,228 @@
+"""The exported folder as transformers sees it: nothing missing, nothing unexpected, the same logits, lossless MTP."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import MtpModel
+
+from conversion_models import VARIANTS, checkpoint_of, our_network, reference_model, tiny_model, tokenizer_folder
+from headrace.conversion.export import export
+from headrace.conversion.mtp import mtp_loading
+from headrace.conversion.names import checkpoint_shapes
+from headrace.errors import UserError
+
+
+@pytest.fixture(name="tokenizer", scope="module")
+def _tokenizer(tmp_path_factory):
+    return tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))
+
+
+def load_quietly(folder, layers):
+    with mtp_loading(layers):
+        return AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_loads_every_tensor_and_computes_the_same_logits(variant, tmp_path, tokenizer):
+    config = tiny_model(**VARIANTS[variant])
+    source = reference_model(config)
+    checkpoint_of(source, config, tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp32", 200_000)
+    loaded, info = load_quietly(tmp_path / "hub", config.num_hidden_layers)
+    assert {key: found for key, found in info.items() if found} == {}
+    tokens = torch.randint(0, config.vocab_size, (2, 60), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected, got = source(tokens).logits, loaded(tokens).logits
+    assert expected.std() > 0.1
+    assert (got - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_greedy_generation_is_the_same_with_and_without_mtp(dtype, tmp_path, tokenizer):
+    config = tiny_model(rope_scaling=None)
+    checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", dtype, 1 << 30)
+    with mtp_loading(config.num_hidden_layers):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.float32)
+    different = set()
+    for seed in range(6):
+        prompt = torch.randint(3, 300, (1, 5 + seed), generator=torch.Generator().manual_seed(seed))
+        options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+        plain = model.generate(prompt, **options)
+        assert torch.equal(model.generate(prompt, use_mtp=True, **options), plain)
+        different.add(tuple(plain[0, prompt.shape[1] :].tolist()))
+    assert len(different) == 6
+
+
+def test_drafts_of_the_exported_module_are_accepted(tmp_path, tokenizer):
+    """A network that predicts from the last token alone, and an MTP module that does the same from [embedding; 0]."""
+    config = tiny_model()
+    tensors = checkpoint_of(reference_model(config), config, tmp_path / "random.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "eh_proj.weight")):
+            tensor.zero_()
+        elif "norm" in name:
+            tensor.fill_(1.0)
+    tensors["model.layers.2.eh_proj.weight"][:, : config.hidden_size] = torch.eye(config.hidden_size)
+    save_file(tensors, tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp32", 1 << 30)
+    with mtp_loading(config.num_hidden_layers):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    model.generation_config.eos_token_id = None
+    passes = []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    prompt = torch.tensor([[5, 77, 9]])
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    plain, alone = model.generate(prompt, **options), len(passes)
+    drafted = model.generate(prompt, use_mtp=True, **options)
+    assert torch.equal(plain, drafted)
+    assert alone == 24
+    assert len(passes) - alone <= 13
+
+
+def test_without_the_shim_transformers_drops_the_mtp_module(tmp_path, tokenizer):
+    config = tiny_model()
+    checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp32", 1 << 30)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert any(name.startswith("model.layers.2.") for name in info["unexpected_keys"])
+
+
+def test_mtp_drafts_come_from_our_module(tmp_path, tokenizer):
+    config = tiny_model()
+    tensors = checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp32", 1 << 30)
+    with mtp_loading(config.num_hidden_layers):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    mtp = MtpModel.from_pretrained(model)
+    assert torch.equal(mtp.layers[0].eh_proj.weight, tensors["model.layers.2.eh_proj.weight"])
+    fused = mtp.layers[0].mtp_block.mlp.experts.gate_up_proj
+    assert torch.equal(fused.chunk(2, dim=1)[1], tensors["model.layers.2.mlp.experts.up_proj.weight"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_our_network_exports_to_the_same_function(variant, tmp_path, tokenizer):
+    """Logits, and the MTP module's loss as transformers' own MTP layer computes it."""
+    config = tiny_model(**VARIANTS[variant])
+    network = our_network(config)
+    assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == checkpoint_shapes(config)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp32", 1 << 30)
+    loaded, info = load_quietly(tmp_path / "hub", config.num_hidden_layers)
+    assert {key: found for key, found in info.items() if found} == {}
+    row = torch.randint(0, config.vocab_size, (2, 42), generator=torch.Generator().manual_seed(3))
+    tokens, following = row[:, :40], row[:, 1:41]
+    with torch.no_grad():
+        expected = loaded(tokens, output_hidden_states=True)
+        assert expected.logits.std() > 0.1
+        assert (network(tokens) - expected.logits).abs().max() <= 1e-5
+        if config.num_nextn_predict_layers:
+            mtp = MtpModel.from_pretrained(loaded)
+            positions = torch.arange(40).expand(2, -1)
+            ahead = mtp.forward_layer(0, expected.hidden_states[-1], positions, None, input_ids=following)
+            loss = cross_entropy(loaded.lm_head(ahead).flatten(0, 1), row[:, 2:42].flatten())
+            assert network.losses(row, 0.3, 0.0).mtp.item() == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_shards_have_v3_names_stay_within_the_limit_and_agree_with_the_index(tmp_path, tokenizer):
+    config = tiny_model()
+    checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    limit = 60_000
+    made = export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "bf16", limit)
+    files = sorted((tmp_path / "hub").glob("*.safetensors"))
+    assert len(files) == made.shards > 3
+    assert [file.name for file in files] == [
+        f"model-{number:05d}-of-{made.shards:06d}.safetensors" for number in range(1, made.shards + 1)
+    ]
+    index = json.loads((tmp_path / "hub" / "model.safetensors.index.json").read_text())
+    found = {}
+    for file in files:
+        tensors = load_file(file)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        assert size <= limit or len(tensors) == 1
+        found |= {name: (file.name, tensor) for name, tensor in tensors.items()}
+        with safe_open(str(file), framework="pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+    assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
+    assert index["metadata"]["total_size"] == made.total_size == sum(tensor.nbytes for _, tensor in found.values())
+    for name, (_, tensor) in found.items():
+        assert tensor.dtype == (torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16)
+
+
+def test_the_folder_holds_the_contract_and_nothing_else(tmp_path, tokenizer):
+    config = tiny_model()
+    checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp32", 1 << 30)
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-000001.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "hub")
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 1, 2)
+    assert loaded.decode(loaded("naïve ☃\n")["input_ids"]) == "naïve ☃\n"
+    generation = GenerationConfig.from_pretrained(tmp_path / "hub")
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 1, 2)
+
+
+def damage_missing(tensors):
+    del tensors["model.layers.1.mlp.experts.up_proj.weight"]
+    return "model.layers.1.mlp.experts.up_proj.weight is missing"
+
+
+def damage_mtp(tensors):
+    del tensors["model.layers.2.eh_proj.weight"]
+    return "model.layers.2.eh_proj.weight is missing"
+
+
+def damage_unknown(tensors):
+    tensors["model.layers.9.eh_proj.weight"] = torch.zeros(2)
+    return "model.layers.9.eh_proj.weight is unknown"
+
+
+def damage_shape(tensors):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()[:, :-1].contiguous()
+    return f"{name} has shape"
+
+
+def damage_dtype(tensors):
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors[name] = tensors[name].bfloat16()
+    return f"{name} is BF16"
+
+
+def damage_nan(tensors):
+    tensors["model.layers.1.mlp.experts.down_proj.weight"][3, 2, 1] = float("nan")
+    return "model.layers.1.mlp.experts.down_proj.weight is not finite"
+
+
+@pytest.mark.parametrize("damage", [damage_missing, damage_mtp, damage_unknown, damage_shape, damage_dtype, damage_nan])
+def test_a_wrong_checkpoint_is_refused_by_name(damage, tmp_path, tokenizer):
+    config = tiny_model()
+    tensors = checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    message = damage(tensors)
+    save_file(tensors, tmp_path / "damaged.safetensors")
+    with pytest.raises(UserError, match=message) as caught:
+        export(tmp_path / "damaged.safetensors", config, tokenizer, tmp_path / "hub", "bf16", 1 << 30)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "hub").glob("*.safetensors"))
+
+
+def test_a_folder_with_something_in_it_is_not_written_to(tmp_path, tokenizer):
+    config = tiny_model()
+    checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "bf16", 1 << 30)

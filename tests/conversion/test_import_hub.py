@@ -1,0 +1,200 @@
+"""There and back is bitwise; a foreign folder is believed in nothing."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conversion_models import VARIANTS, checkpoint_of, reference_model, tiny_model, tokenizer_folder
+from headrace.conversion.export import export
+from headrace.conversion.import_hub import import_
+from headrace.errors import UserError
+from headrace.model.initialisation import standard_deviation
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(name="tokenizer", scope="module")
+def _tokenizer(tmp_path_factory):
+    return tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(name="original", scope="module")
+def _original(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("original")
+    config = tiny_model()
+    checkpoint_of(reference_model(config), config, folder / "model.safetensors")
+    export(folder / "model.safetensors", config, tokenizer, folder / "hub", "fp32", 400_000)
+    return folder / "hub"
+
+
+@pytest.fixture(name="hub")
+def _hub(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "hub")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back(variant, dtype, tmp_path, tokenizer):
+    config = tiny_model(**VARIANTS[variant])
+    tensors = checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", dtype, 400_000)
+    back = import_(tmp_path / "hub", tmp_path / "back.safetensors")
+    assert back == replace(config, initializer_range=standard_deviation(config))
+    got = load_file(tmp_path / "back.safetensors")
+    assert got.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        rounds = dtype == "bf16" and not name.endswith("e_score_correction_bias")
+        expected = tensor.bfloat16().float() if rounds else tensor
+        assert torch.equal(got[name].view(torch.int32), expected.contiguous().view(torch.int32)), name
+
+
+def test_a_folder_saved_by_transformers_is_read(tmp_path):
+    config = tiny_model(num_nextn_predict_layers=0, rope_scaling=VARIANTS["yarn"]["rope_scaling"])
+    source = reference_model(config)
+    source.save_pretrained(tmp_path / "hub")
+    tensors = checkpoint_of(source, config, tmp_path / "model.safetensors")
+    assert import_(tmp_path / "hub", tmp_path / "back.safetensors") == replace(config, initializer_range=0.02)
+    got = load_file(tmp_path / "back.safetensors")
+    assert got.keys() == tensors.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
+
+
+def shard_with(hub, tensor):
+    return hub / json.loads((hub / INDEX).read_text())["weight_map"][tensor]
+
+
+def rewrite(hub, tensor, change):
+    """Replace, or with None remove, one tensor of a shard, leaving the index as it is."""
+    path = shard_with(hub, tensor)
+    tensors = load_file(path)
+    changed = change(tensors.pop(tensor))
+    save_file(tensors if changed is None else {**tensors, tensor: changed}, path, {"format": "pt"})
+
+
+def edit_index(hub, change):
+    index = json.loads((hub / INDEX).read_text())
+    change(index["weight_map"])
+    (hub / INDEX).write_text(json.dumps(index))
+
+
+def drop_mtp(hub):
+    rewrite(hub, "model.layers.2.hnorm.weight", lambda tensor: None)
+    edit_index(hub, lambda mapped: mapped.pop("model.layers.2.hnorm.weight"))
+    return "model.layers.2.hnorm.weight is missing"
+
+
+def drop_from_shard_only(hub):
+    rewrite(hub, "model.layers.2.hnorm.weight", lambda tensor: None)
+    return "model.layers.2.hnorm.weight should be in model-.*, it is in none"
+
+
+def add_tensor(hub):
+    path = shard_with(hub, "lm_head.weight")
+    save_file({**load_file(path), "model.layers.0.self_attn.q_proj.bias": torch.zeros(3)}, path, {"format": "pt"})
+    edit_index(hub, lambda mapped: mapped.update({"model.layers.0.self_attn.q_proj.bias": path.name}))
+    return "q_proj.bias is unknown"
+
+
+def add_to_shard_only(hub):
+    path = shard_with(hub, "lm_head.weight")
+    save_file({**load_file(path), "extra": torch.zeros(3)}, path, {"format": "pt"})
+    return "tensor extra should be in no file"
+
+
+def duplicate(hub):
+    path = next(file for file in hub.glob("*.safetensors") if file != shard_with(hub, "model.norm.weight"))
+    save_file({**load_file(path), "model.norm.weight": torch.ones(64)}, path, {"format": "pt"})
+    return "model.norm.weight is in 2 files"
+
+
+def wrong_shape(hub):
+    rewrite(hub, "model.layers.1.mlp.experts.5.gate_proj.weight", lambda tensor: tensor.T.contiguous())
+    return "experts.5.gate_proj.weight has shape"
+
+
+def round_bias(hub):
+    rewrite(hub, "model.layers.1.mlp.gate.e_score_correction_bias", lambda tensor: tensor.bfloat16())
+    return "e_score_correction_bias is BF16; the selection bias must be F32"
+
+
+def half_precision(hub):
+    rewrite(hub, "model.norm.weight", lambda tensor: tensor.half())
+    return "model.norm.weight is F16"
+
+
+def different_copy(hub):
+    def alter(tensor):
+        tensor[7, 7] += 1e-3
+        return tensor
+
+    rewrite(hub, "model.layers.2.embed_tokens.weight", alter)
+    return "model.layers.2.embed_tokens.weight differs from model.embed_tokens.weight"
+
+
+def stray_shard(hub):
+    save_file({"model.norm.weight": torch.ones(64)}, hub / "other.safetensors")
+    return "other.safetensors: not listed"
+
+
+def lost_shard(hub):
+    shard_with(hub, "lm_head.weight").unlink()
+    return "no such file"
+
+
+def cut_shard(hub):
+    path = shard_with(hub, "lm_head.weight")
+    path.write_bytes(path.read_bytes()[:-100])
+    return path.name
+
+
+def climbing_name(hub):
+    edit_index(hub, lambda mapped: mapped.update({"lm_head.weight": "../../secret.safetensors"}))
+    return "not a plain file name"
+
+
+def code(hub):
+    (hub / "modeling_deepseek.py").write_text("print('run')")
+    return "could hold code"
+
+
+def pickled(hub):
+    (hub / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    return "could hold code"
+
+
+def no_map(hub):
+    (hub / INDEX).write_text("[]")
+    return "has no weight_map"
+
+
+ATTACKS = [
+    drop_mtp,
+    drop_from_shard_only,
+    add_tensor,
+    add_to_shard_only,
+    duplicate,
+    wrong_shape,
+    round_bias,
+    half_precision,
+    different_copy,
+    stray_shard,
+    lost_shard,
+    cut_shard,
+    climbing_name,
+    code,
+    pickled,
+    no_map,
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_wrong_folder_is_refused_by_name_and_nothing_is_written(attack, hub, tmp_path):
+    message = attack(hub)
+    with pytest.raises(UserError, match=message) as caught:
+        import_(hub, tmp_path / "back.safetensors")
+    assert "\n" not in str(caught.value)
+    assert [path for path in tmp_path.iterdir() if path != hub] == []

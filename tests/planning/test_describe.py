@@ -1,0 +1,75 @@
+"""The rows of `headrace plan` against figures that come from elsewhere."""
+
+import pytest
+import torch
+
+from headrace.config.compose import load
+from headrace.conversion.export import plan_shards
+from headrace.conversion.names import hub_tensors
+from headrace.model.transformer import Transformer
+from headrace.planning.describe import exported_bytes, optimizer_bytes, plan, scaled, text_table
+from headrace.planning.parameters import count
+from headrace.training.optimizer import Optimizer
+
+
+def test_the_published_model():
+    rows = dict(plan(load(["experiment=tiny", "model=v3_671b", "recipe.sequence_length=4096", "recipe.tokens=1e9"])))
+    assert rows["parameters"].startswith("671,026,404,352 (671.03B)")
+    assert "36.63B" in rows["activated per token"]
+    assert rows["FLOPs per token"].startswith("250.4 G")
+    assert rows["FLOPs per token with MTP"].startswith("260.6 G")
+    assert "11.61B" in rows["MTP module"]
+
+
+def test_the_run_is_steps_times_tokens_times_flops():
+    config = load(["experiment=tiny", "recipe.tokens=100000"])
+    rows = dict(plan(config))
+    step = config.recipe.sequence_length * config.recipe.batch_sequences
+    steps = 100_000 // step
+    assert rows["steps"].startswith(f"{steps:,} of ")
+    assert rows["training tokens"].startswith(f"{steps * step:,}")
+    per_token = rows["FLOPs per token with MTP"].split()
+    run = rows["FLOPs of the run"].split()
+    units = {"M": 1e6, "G": 1e9, "T": 1e12}
+    assert float(run[0]) * units[run[1].rstrip(",")] == pytest.approx(
+        float(per_token[0]) * units[per_token[1]] * steps * step, rel=1e-3
+    )
+
+
+def test_a_model_without_mtp_has_no_row_for_it():
+    rows = dict(plan(load(["experiment=tiny", "model.num_nextn_predict_layers=0"])))
+    assert not any("MTP" in label for label in rows)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_exported_bytes_are_those_of_the_planned_shards(dtype, mtp):
+    config = load(["experiment=tiny", f"convert.dtype={dtype}", f"model.num_nextn_predict_layers={mtp}"])
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    shards = plan_shards(hub_tensors(config.model), kind, 1 << 40)
+    planned = sum(tensor.bytes for shard in shards.values() for tensor in shard.values())
+    assert exported_bytes(config, count(config.model)) == planned
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_optimizer_bytes_are_those_of_its_tensors(name, moments):
+    config = load(["experiment=tiny", f"recipe.optimizer.name={name}", f"precision.optimizer_moments={moments}"])
+    network = Transformer(config.model, "fp32")
+    optimizer = Optimizer(dict(network.named_parameters()), config.recipe.optimizer, config.precision)
+    held = sum(tensor.nbytes for tensor in optimizer.state_tensors().values())
+    assert optimizer_bytes(config, count(config.model)) == held
+
+
+def test_the_table_aligns_its_values():
+    config = load(["experiment=tiny"])
+    lines, rows = text_table(config).splitlines(), plan(config)
+    begin = max(len(label) for label, _ in rows) + 2
+    assert [(line[:begin].strip(), line[begin:]) for line in lines] == rows
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(250.4e9, "250.4 G"), (999, "999 "), (3.3e24, "3.3 Y"), (1000, "1 k"), (0, "0 ")]
+)
+def test_scaled(number, text):
+    assert scaled(number) == text
