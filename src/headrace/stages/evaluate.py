@@ -35,6 +35,7 @@ def body(run: Run) -> Outcome:
         tokenizer_folder=run.input("tokenizer"),
         training_rows=rows_seen,
         identity=dict(run.inputs),
+        final=config.convert.step is None,
     )
     results = evaluate(
         inputs,

@@ -1,0 +1,3 @@
+from evaluation_world import world
+
+__all__ = ["world"]
