@@ -1,0 +1,179 @@
+"""Push a repository's tree to the Hub: one commit on a known parent, compared afterwards, then tagged.
+
+    create the repository (private unless told otherwise; the visibility of one that exists is never changed)
+    read its head, its tree and the manifest that an earlier push left there; the same hashes: nothing to commit
+    one commit that adds what differs and deletes what the earlier push left and this one lacks
+    list the commit's tree and compare every size and hash
+    tag the commit with the fingerprint
+
+Someone else's commit in between makes the Hub refuse ours. A push that was cut off anywhere has published nothing or a
+whole commit; the next one ends it. The token comes from the environment and goes nowhere else.
+"""
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoFile
+
+from headrace.artifacts.files import hash_file, read_json
+from headrace.errors import UserError
+from headrace.publication import gate
+from headrace.publication.repository import MANIFEST
+
+_NOT_OURS = {".gitattributes", "README.md", "LICENSE"}  # what a repository that was just made by hand may hold
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is on the Hub now."""
+
+    repo_id: str
+    url: str
+    commit: str
+    tag: str
+    private: bool
+    files: tuple[str, ...]
+    changed: bool  # whether this push made a commit
+
+
+def push(folder: Path, repo_id: str, *, private: bool, message: str, endpoint: str | None = None) -> Publication:
+    """Publish the tree `folder`, made by `build_repository`, as `repo_id`, tagged with its fingerprint.
+
+    The token is HF_TOKEN, or what `hf auth login` stored. `endpoint` is the Hub's address (default: HF_ENDPOINT).
+    Raises `UserError` without a token, when the Hub refuses (401, 403, a commit in between), when the repository is
+    public and `private` is asked for, or when it holds another's files; `ConnectionError` when the Hub fails.
+    """
+    names = gate.inspect(folder)
+    fingerprint, hashes = _read_verified(folder, names)
+    token = get_token()
+    if token is None:
+        raise UserError(f"publish.repo_id={repo_id}: no Hub token; set HF_TOKEN to one that may write there")
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        return _Push(api, folder, hashes, repo_id, fingerprint).run(private, message)
+    except OfflineModeIsEnabled:
+        raise UserError(f"publish.repo_id={repo_id}: HF_HUB_OFFLINE is set; unset it to publish") from None
+    except (UserError, ConnectionError):
+        raise
+    except Exception as error:
+        _explain(error, repo_id, api.endpoint)
+
+
+@dataclass(frozen=True)
+class _Push:
+    api: HfApi
+    folder: Path
+    hashes: dict[str, str]  # sha256 of every file
+    repo_id: str
+    fingerprint: str
+
+    def run(self, private: bool, message: str) -> Publication:
+        self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+        info = self.api.model_info(self.repo_id)
+        assert info.sha is not None
+        if private and not info.private:
+            self._refuse("is public, and publish.private is true; make it private there, or set publish.private=false")
+        remote = self._tree(info.sha)
+        wanted = [name for name in self.hashes if not self._is_same(name, remote.get(name))]
+        stale = sorted((self._earlier(info.sha, remote) & remote.keys()) - self.hashes.keys())
+        changed = bool(wanted or stale)
+        commit = self._commit(wanted, stale, message, parent=info.sha) if changed else info.sha
+        self._compare(commit)
+        self._tag(commit)
+        url = f"{self.api.endpoint}/{self.repo_id}"
+        files = tuple(self.hashes)
+        return Publication(self.repo_id, url, commit, self.fingerprint, bool(info.private), files, changed)
+
+    def _tree(self, revision: str) -> dict[str, RepoFile]:
+        entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def _earlier(self, revision: str, remote: dict[str, RepoFile]) -> set[str]:
+        """The files that an earlier push put into the repository; a repository with another's files is left alone."""
+        if MANIFEST in remote:
+            with tempfile.TemporaryDirectory() as folder:
+                path = self.api.hf_hub_download(self.repo_id, MANIFEST, revision=revision, local_dir=folder)
+                return set(read_json(Path(path))["files"])
+        if others := sorted(remote.keys() - _NOT_OURS):
+            self._refuse(f"holds files that Headrace did not put there ({others[0]}); choose a new or empty repository")
+        return set()
+
+    def _is_same(self, name: str, remote: RepoFile | None) -> bool:
+        path = self.folder / name
+        if remote is None or remote.size != path.stat().st_size:
+            return False
+        if remote.lfs is not None:
+            return bool(remote.lfs.sha256 == self.hashes[name])
+        return bool(remote.blob_id == _git_hash(path.read_bytes()))
+
+    def _commit(self, wanted: list[str], stale: list[str], message: str, parent: str) -> str:
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        operations += [CommitOperationAdd(name, self.folder / name) for name in wanted]
+        operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
+        done = self.api.create_commit(self.repo_id, operations, commit_message=message, parent_commit=parent)
+        return str(done.oid)
+
+    def _compare(self, commit: str) -> None:
+        remote = self._tree(commit)
+        for name in self.hashes:
+            if not self._is_same(name, remote.get(name)):
+                raise ConnectionError(f"{self.repo_id}@{commit}: {name} differs from what was sent; publish again")
+
+    def _tag(self, commit: str) -> None:
+        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(self.repo_id).tags}
+        if self.fingerprint not in tags:
+            self.api.create_tag(self.repo_id, tag=self.fingerprint, revision=commit)
+        elif tags[self.fingerprint] != commit:
+            self._refuse(f"has a tag {self.fingerprint} on another commit; remove the tag on the Hub and publish again")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise UserError(f"publish.repo_id={self.repo_id}: the repository {reason}")
+
+
+def _read_verified(folder: Path, names: list[str]) -> tuple[str, dict[str, str]]:
+    """Fingerprint and sha256 by name, after every file was compared with the tree's own manifest."""
+    manifest = read_json(folder / MANIFEST)
+    hashes = {name: hash_file(folder / name, "sha256").removeprefix("sha256:") for name in names}
+    told = {name: entry["sha256"] for name, entry in manifest["files"].items()} | {MANIFEST: hashes[MANIFEST]}
+    if differing := sorted(name for name in hashes.keys() | told.keys() if hashes.get(name) != told.get(name)):
+        raise UserError(f"{folder / differing[0]}: publish: is not as {MANIFEST} describes it; run publish again")
+    return str(manifest["fingerprint"]), hashes
+
+
+def _explain(error: BaseException, repo_id: str, endpoint: str) -> NoReturn:
+    """Raise what the user can act upon; uploads wrap the Hub's answer in other exceptions."""
+    where = f"publish.repo_id={repo_id}"
+    if isinstance(error, httpx2.TransportError):
+        raise ConnectionError(f"{where}: cannot reach {endpoint} ({error}); publish again") from error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    if cause is None:
+        raise error
+    status = cause.response.status_code
+    reason = (cause.server_message or "no reason given").strip().replace("\n", " ")
+    if status == 401:
+        raise UserError(
+            f"{where}: the Hub does not accept this token (401: {reason}); set HF_TOKEN to a valid one"
+        ) from None
+    if status in (403, 404):
+        raise UserError(
+            f"{where}: this token may not write there ({status}: {reason}); use one with write access"
+        ) from None
+    if status == 412:
+        raise UserError(
+            f"{where}: the repository changed meanwhile; look at the new commit and publish again"
+        ) from None
+    raise ConnectionError(
+        f"{where}: the Hub failed ({status}: {reason}); publish again, nothing is half done"
+    ) from error
+
+
+def _git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

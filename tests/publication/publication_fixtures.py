@@ -1,0 +1,65 @@
+"""Facts and small model folders for the publication tests."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from headrace.publication.facts import CardFacts, DataSource, Measurement
+
+FINGERPRINT = "0123456789ab"
+
+
+def card_facts(**changes: object) -> CardFacts:
+    facts = CardFacts(
+        title="Small model",
+        license="other",
+        repo_id="me/small",
+        fingerprint=FINGERPRINT,
+        config={"hidden_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "num_nextn_predict_layers": 1},
+        parameters=7_700_000,
+        parameters_activated=3_000_000,
+        parameters_mtp=500_000,
+        tokens=6_000_000,
+        sequence_length=256,
+        flops=1.25e14,
+        seconds=246.0,
+        hardware="2 CPU cores",
+        precision="bf16",
+        dtype="bf16",
+        optimizer="Muon",
+        sources=[DataSource("numpy", "BSD-3-Clause", 410, 5_123_456), DataSource("CPython", "PSF-2.0", 900, 9_000_000)],
+        measurements=[
+            Measurement("Bits per byte", "held-out", None, "bits_per_byte", 1.91, 1.8, 2.02, 321, {"bigram": 2.3}),
+            Measurement("Canonical", "HumanEval", "openai/openai_humaneval", "nats", 0.7, None, None, 164, {"xz": 0.9}),
+        ],
+        versions={"torch": "2.13.0", "transformers": "5.23.0"},
+        code_version="0.1.0",
+        command="snakemake publish --config experiment=demo",
+    )
+    return replace(facts, **changes)
+
+
+def model_folder(folder: Path, shards: int = 2, value: float = 1.0) -> Path:
+    """What a convert stage leaves, in small: real safetensors, the JSON files, and the artifact's own manifest."""
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for number in range(1, shards + 1):
+        name = f"model-{number:05d}-of-{shards:06d}.safetensors"
+        weights = {f"layer.{number}.weight": np.full((64, 64), value * number, dtype=np.float32)}
+        save_file(weights, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(weights, name)
+    index = {"metadata": {"total_size": shards * 64 * 64 * 4}, "weight_map": weight_map}
+    documents = {
+        "model.safetensors.index.json": index,
+        "config.json": {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 64},
+        "generation_config.json": {"eos_token_id": 1},
+        "tokenizer.json": {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}},
+        "tokenizer_config.json": {"eos_token": "<｜end▁of▁sentence｜>"},
+        "manifest.json": {"hash": "sha256:" + "ab" * 32},
+    }
+    for name, value_ in documents.items():
+        (folder / name).write_text(json.dumps(value_, ensure_ascii=False), encoding="utf-8")
+    return folder

@@ -1,0 +1,100 @@
+"""The card says what the facts say, loads as the Hub loads it, and cannot be broken by a name."""
+
+import re
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub._eval_results import parse_eval_result_entries
+
+from headrace.publication import card
+from headrace.publication.facts import DataSource
+from publication.publication_fixtures import card_facts
+
+
+def rows(content, heading):
+    """The cells of the first table below a heading."""
+    section = content.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_metadata_and_scores_round_trip_through_the_hubs_own_reader():
+    loaded = ModelCard(card.render(card_facts())).data
+    assert (loaded.license, loaded.license_name) == ("other", "see-training-data")
+    assert (loaded.library_name, loaded.pipeline_tag) == ("transformers", "text-generation")
+    assert {"headrace", "deepseek_v3", "moe"} <= set(loaded.tags)
+    assert loaded.model_name == "Small model"
+    assert loaded.eval_results == [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Bits per byte",
+            dataset_type="held-out",
+            dataset_name="held-out",
+            metric_type="bits_per_byte",
+            metric_name="bits_per_byte",
+            metric_value=1.91,
+            metric_args={"items": 321, "interval_95": [1.8, 2.02]},
+        ),
+        EvalResult(
+            task_type="text-generation",
+            task_name="Canonical",
+            dataset_type="openai/openai_humaneval",
+            dataset_name="HumanEval",
+            metric_type="nats",
+            metric_name="nats",
+            metric_value=0.7,
+            metric_args={"items": 164},
+        ),
+    ]
+
+
+def test_eval_results_files_hold_the_same_scores_for_data_sets_of_the_hub():
+    files = card.eval_result_files(card_facts())
+    assert list(files) == ["openai-openai-humaneval.yaml"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files["openai-openai-humaneval.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/openai_humaneval", "canonical", 0.7)
+
+
+def test_tables_hold_every_fact():
+    content = card.render(card_facts())
+    assert rows(content, "Evaluation") == [
+        ["Measured", "Data", "Items", "Metric", "This model", "95 % interval", "bigram", "xz"],
+        ["---", "---", "--:", "---", "--:", "--:", "--:", "--:"],
+        ["Bits per byte", "held-out", "321", r"bits\_per\_byte", "1.91", "1.8 to 2.02", "2.3", "–"],
+        ["Canonical", "HumanEval", "164", "nats", "0.7", "–", "–", "0.9"],
+    ]
+    assert rows(content, "Training data")[2:] == [
+        ["numpy", "BSD-3-Clause", "410", "5,123,456"],
+        ["CPython", "PSF-2.0", "900", "9,000,000"],
+    ]
+    assert ["`n_routed_experts`", "`8`"] in rows(content, "Architecture")
+    for text in ("7,700,000", "3,000,000", "500,000", "6,000,000", "1.25e+14 FLOP in 4.1 min on 2 CPU cores", "2.13.0"):
+        assert text in content
+    assert 'from_pretrained("me/small", revision="0123456789ab")' in content
+    assert "```bash\nsnakemake publish --config experiment=demo\n```" in content
+
+
+def test_a_local_folder_is_loaded_without_a_revision():
+    content = card.render(card_facts(repo_id=None, measurements=[]))
+    assert 'from_pretrained("path/to/this/folder")' in content and "Not evaluated." in content
+    assert ModelCard(content).data.eval_results is None
+
+
+def test_free_text_breaks_neither_table_nor_front_matter_nor_fence():
+    evil = "x | y\n---\nlicense: mit\n<script>alert(1)</script> [a](http://b) `c`"
+    facts = card_facts(
+        title=evil,
+        sources=[DataSource(evil, evil, 1, 2)],
+        command="echo '```'\necho done",
+        versions={"torch": evil},
+        config={**card_facts().config, "note": evil},
+    )
+    content = card.render(facts)
+    loaded = ModelCard(content)
+    assert loaded.data.license == "other" and loaded.data.model_name == evil
+    prose = re.sub(r"`[^`\n]*`", "", loaded.text)  # inside code spans, text is text
+    assert "<script" not in prose and "](http://b)" not in prose and "<script" in loaded.text
+    (row,) = rows(content, "Training data")[2:]
+    assert len(row) == 4
+    assert all(len(row) == 2 for row in rows(content, "Architecture"))
+    assert "````bash\necho '```'\necho done\n````" in content
