@@ -95,7 +95,7 @@ def test_data(tmp_path: Path) -> None:
     sources = {"stdlib": {"documents": 1, "bytes": 20}, "packages/numpy": {"documents": 2, "bytes": 100}}
     split = {"documents": 3, "bytes": 120, "kinds": kinds, "sources": sources}
     empty = {"documents": 0, "bytes": 0, "kinds": {}, "sources": {}}
-    environment = {"python": "3.11.7", "packages": {"numpy": "2.4.6 (BSD-3-Clause)"}, "refused": {"x": "no licence"}}
+    environment = {"python": "3.11.7", "packages": {"numpy": {"version": "2.4.6", "licence": "BSD-3-Clause"}}, "refused": {"x": "no licence"}}
     facts = {
         "splits": {"train": split, "validation": empty, "heldout": split},
         "dropped": {"exact duplicate": 4},

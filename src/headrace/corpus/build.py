@@ -220,6 +220,8 @@ def _environment(config: CorpusConfig) -> dict[str, Any] | None:
     every = distributions(config.licences) if config.packages else []
     return {
         "python": platform.python_version(),
-        "packages": {each.name: f"{each.version} ({each.licence})" for each in every if not each.refused},
+        "packages": {
+            each.name: {"version": each.version, "licence": each.licence} for each in every if not each.refused
+        },
         "refused": {each.name: each.refused for each in every if each.refused},
     }

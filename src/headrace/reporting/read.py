@@ -214,12 +214,12 @@ def _sources(splits: Mapping[str, Any], environment: Mapping[str, Any]) -> tuple
 
 
 def _origin(name: str, environment: Mapping[str, Any]) -> tuple[str, str]:
-    """Name with version, and licence. corpus.json writes a package as '1.2.3 (MIT)'."""
+    """Name with version, and licence."""
     if name == "stdlib":
         return f"Python standard library {environment['python']}", "PSF-2.0"
     package = name.removeprefix("packages/")
-    version, _, licence = environment["packages"].get(package, "").partition(" (")
-    return (f"{package} {version}", licence.removesuffix(")")) if licence else (name, "not stated")
+    declared = environment["packages"].get(package)
+    return (f"{package} {declared['version']}", declared["licence"]) if declared else (name, "not stated")
 
 
 def _estimate(entry: Mapping[str, Any]) -> Estimate:
