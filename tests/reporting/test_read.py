@@ -95,7 +95,8 @@ def test_data(tmp_path: Path) -> None:
     sources = {"stdlib": {"documents": 1, "bytes": 20}, "packages/numpy": {"documents": 2, "bytes": 100}}
     split = {"documents": 3, "bytes": 120, "kinds": kinds, "sources": sources}
     empty = {"documents": 0, "bytes": 0, "kinds": {}, "sources": {}}
-    environment = {"python": "3.11.7", "packages": {"numpy": {"version": "2.4.6", "licence": "BSD-3-Clause"}}, "refused": {"x": "no licence"}}
+    packages = {"numpy": {"version": "2.4.6", "licence": "BSD-3-Clause"}}
+    environment = {"python": "3.11.7", "packages": packages, "refused": {"x": "no licence"}}
     facts = {
         "splits": {"train": split, "validation": empty, "heldout": split},
         "dropped": {"exact duplicate": 4},

@@ -51,7 +51,7 @@ def body(run: Run) -> Outcome:
     )
     scores = {name: entry["value"] for name, entry in results["bits_per_byte"]["kinds"]["all"]["models"].items()}
     line = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-    return Outcome(f"bits per byte: {line}", {"bits_per_byte": scores})
+    return Outcome(f"bits per byte: {line}", {"bits_per_byte": scores.pop("model"), **scores})
 
 
 DOOR = Door("evaluate", body)

@@ -107,7 +107,8 @@ def measurements(results: dict[str, Any]) -> Iterator[Measurement]:
         chance = {"chance": task["chance"]} if task["chance"] is not None else {}
         score = task["score"]
         yield Measurement(
-            name, task["measures"], None, task["metric"], score["value"], score["low"], score["high"], task["items"], chance
+            name, task["measures"], None, task["metric"],
+            score["value"], score["low"], score["high"], task["items"], chance,
         )  # fmt: skip
 
 

@@ -1,0 +1,77 @@
+"""Causal attention in blocks of queries, for heads whose keys and values differ in width.
+
+MLA's queries and keys are wider than its values (192 and 128 in V3), a shape for which PyTorch's CPU attention falls
+back to the full square of scores. Here a block of queries meets only the keys it may see, so the upper half of the
+square is never computed, and the softmax is taken over whole rows. On CUDA the values are padded to the keys' width and
+PyTorch's fused attention does the work.
+
+Up to `_KEEP` tokens the probabilities are kept for the backward pass; above, they are computed again.
+Shapes: G = batch * heads, T tokens, Q queries of a block, K keys it sees, D key width, V value width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+_BLOCK = 128  # queries per block
+_KEEP = 1024  # tokens
+
+
+def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTV: Tensor) -> Tensor:
+    """softmax(q k^T + causal mask) v as [B, T, H, V]; `q` is already scaled. Softmax and sums in FP32."""
+    if q_BHTD.device.type == "cpu":
+        result: Tensor = _BlockwiseAttention.apply(q_BHTD, k_BHTD, v_BHTV)  # type: ignore[no-untyped-call]
+        return result
+    missing = q_BHTD.shape[-1] - v_BHTV.shape[-1]
+    padded = functional.pad(v_BHTV, (0, missing)) if missing > 0 else v_BHTV
+    out = functional.scaled_dot_product_attention(q_BHTD, k_BHTD, padded, is_causal=True, scale=1.0)
+    return out[..., : v_BHTV.shape[-1]].transpose(1, 2)
+
+
+def _probabilities(q_GQD: Tensor, k_GKD: Tensor) -> Tensor:
+    """Softmax over the keys [G, Q, K]; the last Q keys are at the queries' own positions."""
+    scores = torch.bmm(q_GQD, k_GKD.transpose(1, 2))
+    queries = q_GQD.shape[1]
+    future = torch.full((queries, queries), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
+    scores[..., -queries:] += future
+    return torch.softmax(scores, dim=-1)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, tokens, _ = q.shape
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        out = v.new_empty(batch, tokens, heads, v.shape[-1])
+        kept = []
+        for start in range(0, tokens, _BLOCK):
+            end = min(start + _BLOCK, tokens)
+            probabilities = _probabilities(q[:, start:end], k[:, :end])
+            block = torch.bmm(probabilities, v[:, :end])
+            out[:, start:end] = block.view(batch, heads, end - start, -1).transpose(1, 2)
+            if tokens <= _KEEP:
+                kept.append(probabilities)
+        ctx.save_for_backward(q, k, v, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, *kept = ctx.saved_tensors
+        batch, tokens, heads, width = dout.shape
+        dq = torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for index, start in enumerate(range(0, tokens, _BLOCK)):
+            end = min(start + _BLOCK, tokens)
+            probabilities = kept[index] if kept else _probabilities(q[:, start:end], k[:, :end])
+            block = dout[:, start:end].transpose(1, 2).reshape(batch * heads, end - start, width)
+            dv[:, :end] += torch.bmm(probabilities.transpose(1, 2), block)
+            dprobabilities = torch.bmm(block, v[:, :end].transpose(1, 2))
+            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, q.dtype)
+            torch.bmm(dscores, k[:, :end], out=dq[:, start:end])
+            dk[:, :end] += torch.bmm(dscores.transpose(1, 2), q[:, start:end])
+        shape = (batch, heads, tokens, -1)
+        return dq.view(shape), dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape)

@@ -1,0 +1,202 @@
+"""Feed-forward networks: SwiGLU, dense or as a mixture of shared and routed experts.
+
+    E(x) = W_down (silu(W_gate x) * W_up x)         y = sum over the shared experts + sum_i w_i E_i(x)
+
+All of them are one autograd function over grouped rows: a dense network is a single group. The routing weight
+multiplies the narrow activations before the down projection, where it costs least and where the report applies it too.
+Like the report (section 3.2.3, "recomputation"), the backward pass computes the SwiGLU output again instead of keeping
+it.
+
+Both kinds offer the same three steps, `dispatch`, `compute`, `combine`, which a pipeline may interleave.
+Shapes: N tokens, S rows sorted by expert, D model width, I intermediate width, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from headrace.config.schema import ModelConfig
+from headrace.fp8 import grouped
+from headrace.fp8.linear import Compute, Linear, StackedLinear, Weight
+from headrace.fp8.weight_gradients import WeightGradientStore
+from headrace.model.dispatch import Dispatched, Dispatcher
+from headrace.model.router import Router, Routing
+
+_BLOCK = 1 << 17  # elements of an activation worked on at a time on the CPU, so that they stay in the cache
+
+
+@dataclass(frozen=True)
+class FeedForwardInput:
+    """What the `dispatch` step hands on: the tokens of this rank, and the rows its experts received."""
+
+    x_ND: Tensor
+    routing: Routing | None
+    dispatched: Dispatched | None
+
+
+@dataclass(frozen=True)
+class FeedForwardOutput:
+    """What the `compute` step hands on: the result on this rank's tokens, and the rows to be combined."""
+
+    local_ND: Tensor
+    rows_SD: Tensor | None
+
+
+class DenseFeedForward(nn.Module):
+    """One SwiGLU network for all tokens."""
+
+    def __init__(self, width: int, intermediate: int, compute: Compute, store: WeightGradientStore) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, intermediate, compute, store)
+        self.up_proj = Linear(width, intermediate, compute, store)
+        self.down_proj = Linear(intermediate, width, compute, store)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """[N, D] to [N, D]."""
+        return gated_mlp(x_ND, None, [x_ND.shape[0]], self.gate_proj, self.up_proj, self.down_proj)
+
+    def dispatch(self, x_ND: Tensor) -> FeedForwardInput:
+        """Nothing to send."""
+        return FeedForwardInput(x_ND, None, None)
+
+    def compute(self, given: FeedForwardInput) -> FeedForwardOutput:
+        """The whole network."""
+        return FeedForwardOutput(self(given.x_ND), None)
+
+    def combine(self, given: FeedForwardInput, out: FeedForwardOutput) -> Tensor:
+        """Nothing to fetch."""
+        return out.local_ND
+
+
+class Experts(nn.Module):
+    """The routed experts of a layer, stacked: weights [E, I, D], [E, I, D], [E, D, I]."""
+
+    def __init__(self, count: int, width: int, intermediate: int, compute: Compute, store: WeightGradientStore) -> None:
+        super().__init__()
+        self.gate_proj = StackedLinear(count, width, intermediate, compute, store)
+        self.up_proj = StackedLinear(count, width, intermediate, compute, store)
+        self.down_proj = StackedLinear(count, intermediate, width, compute, store)
+
+    def forward(self, rows_SD: Tensor, weights_S: Tensor, counts: Sequence[int]) -> Tensor:
+        """Rows sorted by expert, times their routing weights: [S, D]."""
+        return gated_mlp(rows_SD, weights_S, counts, self.gate_proj, self.up_proj, self.down_proj)
+
+
+class MoeFeedForward(nn.Module):
+    """Router, routed experts and shared experts."""
+
+    def __init__(
+        self, config: ModelConfig, compute: Compute, store: WeightGradientStore, dispatcher: Dispatcher
+    ) -> None:
+        super().__init__()
+        width, intermediate = config.hidden_size, config.moe_intermediate_size
+        self.gate = Router(config)
+        self.experts = Experts(config.n_routed_experts, width, intermediate, compute, store)
+        self.shared_experts = DenseFeedForward(width, intermediate * config.n_shared_experts, compute, store)
+        self.dispatcher = dispatcher
+
+    def dispatch(self, x_ND: Tensor) -> FeedForwardInput:
+        """Route every token and send it to its experts."""
+        routing = self.gate(x_ND)
+        return FeedForwardInput(x_ND, routing, self.dispatcher.dispatch(x_ND, routing))
+
+    def compute(self, given: FeedForwardInput) -> FeedForwardOutput:
+        """Routed experts on the rows received, shared experts on this rank's own tokens."""
+        assert given.dispatched is not None
+        received = given.dispatched
+        rows_SD = self.experts(received.rows_SD, received.weights_S, received.counts)
+        return FeedForwardOutput(self.shared_experts(given.x_ND), rows_SD)
+
+    def combine(self, given: FeedForwardInput, out: FeedForwardOutput) -> Tensor:
+        """Fetch the experts' results and add them to the shared experts'."""
+        assert given.dispatched is not None
+        assert out.rows_SD is not None
+        return out.local_ND + self.dispatcher.combine(out.rows_SD, given.dispatched)
+
+
+def gated_mlp(
+    rows_SD: Tensor, weights_S: Tensor | None, counts: Sequence[int], gate: Weight, up: Weight, down: Weight
+) -> Tensor:
+    """(silu(x W_gate^T) * x W_up^T * w) W_down^T by groups of rows, [S, D] in the compute dtype.
+
+    `counts` are the rows of each group (one group for ordinary linear layers); `weights_S` FP32, or None for w = 1.
+    """
+    result: Tensor = _GatedMlp.apply(rows_SD, weights_S, counts, (gate, up, down), gate.weight, up.weight, down.weight)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor | None,
+        counts: Sequence[int],
+        layers: tuple[Weight, Weight, Weight],
+        *parameters: nn.Parameter,  # so that autograd knows about them; used through `layers`
+    ) -> Tensor:
+        groups = grouped.groups_of(counts)
+        w_gate, w_up, w_down = (_stacked(layer.computed()) for layer in layers)
+        gate, up = grouped.forward(x, w_gate, groups), grouped.forward(x, w_up, groups)
+        column = None if weights is None else weights.detach().to(x.dtype)[:, None]
+        ctx.save_for_backward(x, column, gate, up, w_gate, w_up, w_down)
+        ctx.groups, ctx.layers = groups, layers
+        return grouped.forward(_swiglu(gate, up, column), w_down, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, column, gate, up, w_gate, w_up, w_down = ctx.saved_tensors
+        layer_gate, layer_up, layer_down = ctx.layers
+        groups, dy = ctx.groups, dy.contiguous()
+        dhidden = grouped.input_gradient(dy, w_down, groups)
+        hidden, dgate, dup, dweights = _swiglu_backward(dhidden, gate, up, column)
+        grouped.put_weight_gradient(layer_down.store, layer_down.weight, dy, hidden, groups)
+        dx = grouped.input_gradient(dgate, w_gate, groups)
+        dx = grouped.input_gradient(dup, w_up, groups, add_to=dx)
+        grouped.put_weight_gradient(layer_gate.store, layer_gate.weight, dgate, x, groups)
+        grouped.put_weight_gradient(layer_up.store, layer_up.weight, dup, x, groups)
+        return dx, dweights, None, None, None, None, None
+
+
+def _stacked(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 3 else weight[None]
+
+
+def _swiglu(gate: Tensor, up: Tensor, column: Tensor | None) -> Tensor:
+    hidden = torch.empty_like(gate)
+    for rows in _blocks(gate):
+        block = functional.silu(gate[rows]).mul_(up[rows])
+        hidden[rows] = block if column is None else block.mul_(column[rows])
+    return hidden
+
+
+def _swiglu_backward(
+    dhidden: Tensor, gate: Tensor, up: Tensor, column: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The SwiGLU output again, and the gradients of gate, up and routing weights; `dhidden` is overwritten by dgate."""
+    hidden, dup = torch.empty_like(gate), torch.empty_like(up)
+    dweights = None if column is None else gate.new_empty(gate.shape[0], dtype=torch.float32)
+    for rows in _blocks(gate):
+        activated = functional.silu(gate[rows])
+        product = activated * up[rows]
+        incoming = dhidden[rows]
+        if column is None or dweights is None:
+            hidden[rows] = product
+        else:
+            dweights[rows] = torch.linalg.vecdot(incoming, product)
+            torch.mul(product, column[rows], out=hidden[rows])
+            incoming.mul_(column[rows])
+        torch.mul(incoming, activated, out=dup[rows])
+        incoming.copy_(torch.ops.aten.silu_backward(incoming.mul_(up[rows]), gate[rows]))
+    return hidden, dhidden, dup, dweights
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    rows = max(1, _BLOCK // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
+    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]

@@ -1,0 +1,67 @@
+"""Cross entropy of the output head, with one [tokens, vocabulary] buffer and no more.
+
+The logits are the largest tensor of a training step. The usual chain keeps them in the compute dtype, in FP32, as log
+probabilities and as gradients. Here the buffer of logits is turned in place, a few rows at a time in FP32, into the
+gradient (softmax - one-hot) / tokens while the loss is computed; the backward pass only multiplies it by the weight and
+by the hidden states. Without gradients not even that buffer exists.
+Shapes: N tokens, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from headrace.fp8.linear import Linear, put_weight_gradient
+
+_ROWS = 64  # rows turned at a time on the CPU
+_CHUNK = 1024  # tokens whose logits exist at a time without gradients
+
+
+def cross_entropy(hidden_ND: Tensor, head: Linear, targets_N: Tensor) -> Tensor:
+    """Mean of -log p(target) in nats, an FP32 scalar; log-softmax in FP32."""
+    if torch.is_grad_enabled():
+        result: Tensor = _HeadCrossEntropy.apply(hidden_ND, head.weight, head, targets_N)  # type: ignore[no-untyped-call]
+        return result
+    return -log_probabilities(hidden_ND, head, targets_N).mean()
+
+
+@torch.no_grad()
+def log_probabilities(hidden_ND: Tensor, head: Linear, targets_N: Tensor) -> Tensor:
+    """log p(target) in nats, [N] FP32, without gradients."""
+    parts = []
+    for hidden, targets in zip(torch.split(hidden_ND, _CHUNK), torch.split(targets_N, _CHUNK), strict=True):
+        logits = head(hidden).float()
+        parts.append(logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1))
+    return torch.cat(parts)
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: nn.Parameter, head: Linear, targets: Tensor) -> Tensor:
+        computed = head.computed()
+        buffer = functional.linear(hidden, computed)
+        tokens = buffer.shape[0]
+        losses = buffer.new_empty(tokens, dtype=torch.float32)
+        step = _ROWS if buffer.device.type == "cpu" else _CHUNK
+        for start in range(0, tokens, step):
+            rows = slice(start, start + step)
+            target = targets[rows, None]
+            log_p = functional.log_softmax(buffer[rows], dim=1, dtype=torch.float32)
+            losses[rows] = -log_p.gather(1, target)[:, 0]
+            gradient = log_p.exp_()
+            gradient.scatter_add_(1, target, gradient.new_full((1, 1), -1.0).expand_as(target))
+            torch.mul(gradient, 1 / tokens, out=buffer[rows])
+        ctx.save_for_backward(hidden, computed, buffer)
+        ctx.head = head
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None]:
+        hidden, computed, dlogits = ctx.saved_tensors
+        dhidden = torch.mm(dlogits, computed) * dloss
+        put_weight_gradient(ctx.head.store, ctx.head.weight, dlogits, hidden * dloss.to(hidden.dtype))
+        return dhidden.to(hidden.dtype), None, None, None

@@ -1,0 +1,129 @@
+"""What a checkpoint holds beside weights and moments, and how a run takes it up again.
+
+All of a run's state that changes with its steps is in `Counters`, the optimizer, the history and torch's random
+state; everything else is a pure function of the configuration.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from headrace.artifacts.tensors import open_tensors
+from headrace.checkpoint.store import Checkpoint
+from headrace.errors import UserError
+from headrace.recipe.schedule import Step
+from headrace.training.history import History
+from headrace.training.optimizer import Optimizer, copy_exactly
+
+VERSION = 1
+
+
+class Stateful(Protocol):
+    """A model whose whole state is its state_dict."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass
+class Counters:
+    """Where a run stands."""
+
+    step: int = 0  # steps done, skipped ones included
+    position: int = 0  # the next training row, in the order of the data
+    first_position: int = 0  # where this run began to read
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0  # spent in steps, over all restarts
+
+
+def capture(
+    counters: Counters,
+    tokens: int,
+    plan: Step,
+    optimizer: Optimizer,
+    history: History,
+    fingerprint: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The JSON part of a checkpoint after `tokens` tokens; `plan` held during its last step, for people who read it."""
+    return {
+        "version": VERSION,
+        "fingerprint": fingerprint,
+        "step": counters.step,
+        "tokens": tokens,
+        "plan": asdict(plan),
+        "counters": asdict(counters),
+        "optimizer": optimizer.state(),
+        "random": _random_state(device),
+        "history": history.state(),
+    }
+
+
+def resume(
+    found: Checkpoint, model: Stateful, optimizer: Optimizer, fingerprint: str, device: torch.device
+) -> tuple[Counters, History]:
+    """Take a run up at one of its own checkpoints; one of another run or version is a `UserError`."""
+    state = found.state
+    if state.get("version") != VERSION:
+        raise UserError(
+            f"{found.folder}: written by checkpoint version {state.get('version')}, this one reads {VERSION}"
+        )
+    if state.get("fingerprint") != fingerprint:
+        raise UserError(
+            f"{found.folder}: belongs to run {state.get('fingerprint')}, not {fingerprint}; "
+            "move it away, or continue it with train.from"
+        )
+    _read_tensors(found, model, optimizer)
+    _set_random_state(state["random"], device)
+    return Counters(**state["counters"]), History(state["history"])
+
+
+def begin_from(source: Checkpoint, model: Stateful, optimizer: Optimizer) -> Counters:
+    """Start a new run from another run's checkpoint: its weights, moments and data position; step and history anew."""
+    _read_tensors(source, model, optimizer)
+    position = int(source.state["counters"]["position"])
+    return Counters(position=position, first_position=position)
+
+
+def _read_tensors(found: Checkpoint, model: Stateful, optimizer: Optimizer) -> None:
+    with open_tensors(found.model_file) as file:
+        copy_exactly(model.state_dict(), file.get, file.keys(), str(found.model_file))
+    with open_tensors(found.optimizer_file) as file:
+        optimizer.load_state_tensors(file.get, file.keys(), str(found.optimizer_file))
+    optimizer.load_state(found.state["optimizer"])
+
+
+def _random_state(device: torch.device) -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(bytes(state.tolist())).decode() for name, state in states.items()}
+
+
+def _set_random_state(states: Mapping[str, str], device: torch.device) -> None:
+    torch.set_rng_state(_bytes(states["cpu"]))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(_bytes(states["cuda"]), device)
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """On a CPU, where it costs nothing, refuse operations whose result may differ from run to run."""
+    settings = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]

@@ -1,0 +1,167 @@
+"""A stand-in for model and data: small enough to be obvious, with every part that the trainer touches.
+
+The model is an embedding, experts chosen by a biased score, and a head. A token 0 in a row makes its loss infinite. The
+data repeats a short cycle of tokens, so a model that learns gets far below the uniform loss at once.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headrace.config.compose import load
+from headrace.config.schema import Config
+from headrace.fp8.weight_gradients import WeightGradientStore
+from headrace.training.rows import Rows
+from headrace.training.trainer import Place, Trainer, Watchers
+
+VOCABULARY, WIDTH, EXPERTS, LENGTH = 16, 8, 4, 8
+
+
+def toy_config(steps: int = 12, **recipe: object) -> Config:
+    """`experiment=tiny`, cut down to the toy: 4 sequences of 8 tokens a step."""
+    config = load(["experiment=tiny", "precision=fp32", "tracking.log_every=1"])
+    tokens = steps * 4 * LENGTH
+    cut = replace(config.recipe, tokens=tokens, sequence_length=LENGTH, batch_sequences=4, **recipe)  # type: ignore[arg-type]
+    model = replace(config.model, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    train = replace(config.train, validate_every=5, validation_rows=3)
+    checkpoint = replace(config.checkpoint, every_steps=4)
+    return replace(config, recipe=cut, model=model, train=train, checkpoint=checkpoint)
+
+
+@dataclass
+class ToyLosses:
+    """The fields of `headrace.model.transformer.Losses`."""
+
+    total: Tensor
+    main: Tensor
+    mtp: Tensor
+    balance: Tensor
+    counts: Tensor
+
+
+class ToyModel(nn.Module):
+    """Names and shapes as in a real model: embedding, stacked experts, router with bias, norm, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = WeightGradientStore()
+        generator = torch.Generator().manual_seed(0)
+        self.bias_updates: list[tuple[list[list[int]], float]] = []
+        for name, shape in {
+            "embed_tokens": (VOCABULARY, WIDTH),
+            "gate": (EXPERTS, WIDTH),
+            "experts": (EXPERTS, WIDTH, WIDTH),
+            "lm_head": (VOCABULARY, WIDTH),
+        }.items():
+            module = nn.Module()
+            module.weight = nn.Parameter(torch.randn(*shape, generator=generator) * 0.3)
+            self.add_module(name, module)
+        self.norm = nn.Module()
+        self.norm.weight = nn.Parameter(torch.ones(WIDTH))
+        self.register_buffer("e_score_correction_bias", torch.zeros(EXPERTS))
+
+    def log_probabilities(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, V] and the expert of each token [B, T]."""
+        x = self.embed_tokens.weight[inputs]
+        scores = (x @ self.gate.weight.T).sigmoid()
+        chosen = (scores + self.e_score_correction_bias).argmax(-1)
+        mixed = torch.einsum("btd,btod->bto", x, self.experts.weight[chosen])
+        x = functional.rms_norm(x + mixed * scores.gather(-1, chosen[..., None]), (WIDTH,), self.norm.weight)
+        return (x @ self.lm_head.weight.T).log_softmax(-1), chosen
+
+    def losses(self, tokens_BL: Tensor, mtp_weight: float, balance_weight: float) -> ToyLosses:
+        logs, chosen = self.log_probabilities(tokens_BL[:, :-1])
+        main = -logs.gather(-1, tokens_BL[:, 1:, None]).mean()
+        main = main * (float("inf") if (tokens_BL == 0).any() else 1.0)
+        zero = main.new_zeros(())
+        counts = torch.bincount(chosen.flatten(), minlength=EXPERTS)[None]
+        return ToyLosses(main + zero, main, zero, zero, counts)
+
+    @torch.no_grad()
+    def token_log_probabilities(self, tokens_BL: Tensor) -> Tensor:
+        logs, _ = self.log_probabilities(tokens_BL[:, :-1])
+        return logs.gather(-1, tokens_BL[:, 1:, None])[..., 0]
+
+    @torch.no_grad()
+    def update_router_bias(self, counts_LE: Tensor, speed: float) -> None:
+        self.bias_updates.append((counts_LE.tolist(), speed))
+        mean = counts_LE[0].float().mean()
+        self.e_score_correction_bias += speed * (mean - counts_LE[0]).sign()
+
+
+def toy_batch(first: int, sequences: int) -> Tensor:
+    """Rows of the cycle 1 2 3 .. 15, each begun at another place; a pure function of the position."""
+    starts = torch.arange(first, first + sequences)[:, None] * 7
+    return (starts + torch.arange(LENGTH + 1)) % (VOCABULARY - 1) + 1
+
+
+def toy_rows(batch: object = toy_batch) -> Rows:
+    return Rows(batch, 1000, toy_batch(5000, 3), toy_batch(6000, 2))  # type: ignore[arg-type]
+
+
+@dataclass
+class Recorder:
+    """Tracker, deadline and progress in one; stops the run after `stop_after` steps."""
+
+    stop_after: int | None = None
+    logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
+    closed: bool = False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.logged.append((step, dict(metrics)))
+
+    def reason(self) -> str | None:
+        return "told to" if self.stop_after is not None and len(self.shown) >= self.stop_after else None
+
+    def update(self, step: int, steps: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        self.shown.append(step)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def toy_trainer(
+    config: Config,
+    folder: Path,
+    recorder: Recorder | None = None,
+    model: ToyModel | None = None,
+    rows: Rows | None = None,
+    source: Path | None = None,
+    fingerprint: str = "0123456789ab",
+) -> Trainer:
+    """A trainer of the toy with checkpoints in `folder`."""
+    recorder = recorder or Recorder()
+    place = Place(folder, fingerprint, torch.device("cpu"), 1e4, source)
+    watchers = Watchers(recorder, logging.getLogger("headrace.test"), recorder, recorder)
+    return Trainer(config, model or ToyModel(), rows or toy_rows(), place, watchers)
+
+
+class KillAt(Recorder):
+    """Kills its own process with SIGKILL at a step, before that step's checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.kill_step = step
+
+    def update(self, step: int, steps: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        if step == self.kill_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: str, kill_step: str) -> None:
+    """Train the toy in this process and be killed at a step; 0 runs to the end."""
+    outcome = toy_trainer(toy_config(), Path(folder), KillAt(int(kill_step))).run()
+    assert outcome.finished
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

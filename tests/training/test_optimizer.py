@@ -1,0 +1,107 @@
+"""Who gets which optimizer and decay, and that the state is named, complete and refused when it does not fit."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.config.compose import load
+from headrace.errors import UserError
+from headrace.training.optimizer import Optimizer, takes_decay, takes_muon
+
+CONFIG = load([])
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (20, 8),
+    "model.layers.0.input_layernorm.weight": (8,),
+    "model.layers.0.self_attn.q_a_proj.weight": (6, 8),
+    "model.layers.1.mlp.gate.weight": (4, 8),
+    "model.layers.1.mlp.experts.gate_proj.weight": (4, 6, 8),
+    "model.layers.1.mlp.shared_experts.gate_proj.weight": (6, 8),
+    "model.layers.2.eh_proj.weight": (8, 16),
+    "lm_head.weight": (20, 8),
+}
+
+
+def parameters() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in SHAPES.items()}
+
+
+def step(optimizer: Optimizer, tensors: dict[str, Tensor], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors.values():
+        tensor.grad = torch.randn(tensor.shape, generator=generator)
+    optimizer.step(1e-2, 2e-2)
+
+
+def build(tensors: dict[str, Tensor], name: str = "muon", **precision: Any) -> Optimizer:
+    optimizer = replace(CONFIG.recipe.optimizer, name=name)
+    return Optimizer(tensors, optimizer, replace(CONFIG.precision, **precision))
+
+
+def test_who_takes_what() -> None:
+    tensors = parameters()
+    assert [name for name, tensor in tensors.items() if takes_muon(name, tensor)] == [
+        "model.layers.0.self_attn.q_a_proj.weight",
+        "model.layers.1.mlp.experts.gate_proj.weight",
+        "model.layers.1.mlp.shared_experts.gate_proj.weight",
+        "model.layers.2.eh_proj.weight",
+    ]
+    undecayed = {name for name, tensor in tensors.items() if not takes_decay(name, tensor)}
+    assert undecayed == {"model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"}
+
+
+def test_zero_gradients_show_exactly_what_decays() -> None:
+    for name in ("adamw", "muon"):
+        tensors = parameters()
+        before = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        optimizer = build(tensors, name)
+        for tensor in tensors.values():
+            tensor.grad = torch.zeros_like(tensor)
+        optimizer.step(1e-2, 2e-2)
+        for key, tensor in tensors.items():
+            rate = 2e-2 if name == "muon" and takes_muon(key, tensor) else 1e-2
+            factor = 1 - rate * 0.1 if takes_decay(key, tensor) else 1.0
+            torch.testing.assert_close(tensor.detach(), before[key] * factor, rtol=1e-6, atol=0)
+
+
+def test_state_is_named_after_parameters_and_shaped_like_them() -> None:
+    tensors = parameters()
+    state = build(tensors).state_tensors()
+    for name, tensor in tensors.items():
+        moments = {"momentum"} if takes_muon(name, tensor) else {"exp_avg", "exp_avg_sq"}
+        assert {key.rpartition("/")[2] for key in state if key.rpartition("/")[0] == name} == moments
+        assert all(state[f"{name}/{moment}"].shape == tensor.shape for moment in moments)
+    assert len(build(tensors, "adamw").state_tensors()) == 2 * len(tensors)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_saved_and_loaded_state_goes_on_bitwise(name: str, moments: str) -> None:
+    tensors = parameters()
+    optimizer = build(tensors, name, optimizer_moments=moments)
+    step(optimizer, tensors, 1)
+    saved = {key: tensor.clone() for key, tensor in optimizer.state_tensors().items()}
+    count = optimizer.state()
+    resumed = {key: tensor.detach().clone().requires_grad_() for key, tensor in tensors.items()}
+    second = build(resumed, name, optimizer_moments=moments)
+    second.load_state_tensors(saved.__getitem__, list(saved), "test")
+    second.load_state(count)
+    for seed in (2, 3):
+        step(optimizer, tensors, seed)
+        step(second, resumed, seed)
+    assert all(torch.equal(tensors[key], resumed[key]) for key in tensors)
+    assert second.state() == {"updates": 3}
+
+
+def test_state_of_another_optimizer_is_refused_by_name() -> None:
+    tensors = parameters()
+    saved = build(tensors, "adamw").state_tensors()
+    with pytest.raises(UserError, match=r"state\.safetensors: .*q_a_proj\.weight/exp_avg"):
+        build(tensors, "muon").load_state_tensors(saved.__getitem__, list(saved), "state.safetensors")
+    saved = dict(build(tensors).state_tensors())
+    saved["lm_head.weight/exp_avg"] = torch.zeros(3, 3)
+    with pytest.raises(UserError, match=r"lm_head\.weight/exp_avg.*\[3, 3\].*\[20, 8\]"):
+        build(tensors).load_state_tensors(saved.__getitem__, list(saved), "state.safetensors")

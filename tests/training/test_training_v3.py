@@ -1,0 +1,114 @@
+"""The loop on the real network at its smallest, and on rows from real token shards."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.artifacts.tensors import load_tensors
+from headrace.checkpoint import store
+from headrace.config.compose import load
+from headrace.config.schema import Config
+from headrace.errors import UserError
+from headrace.tokens.shards import finish, make_shard, plan
+from headrace.tokens.tokenizer import build_tokenizer
+from headrace.training.rows import Rows, open_rows
+from headrace.training.trainer import Place, Trainer, Watchers, build_model, moe_layers
+from toy_run import Recorder
+
+STEPS, LENGTH = 24, 32
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    """`experiment=tiny`'s pico model in BF16, 24 steps of 4 x 32 tokens in two microbatches."""
+    base = load(["experiment=tiny", "tracking.log_every=1", "parallel.microbatch=2", "checkpoint.every_steps=8"])
+    recipe = replace(base.recipe, tokens=STEPS * 4 * LENGTH, sequence_length=LENGTH, batch_sequences=4)
+    return replace(base, recipe=recipe)
+
+
+def repetitive(first: int, sequences: int) -> Tensor:
+    """Rows of one cycle of 20 tokens, each begun at another place."""
+    return (torch.arange(first, first + sequences)[:, None] * 3 + torch.arange(LENGTH + 2)) % 20 + 6
+
+
+def trained(config: Config, folder: Path, stop_after: int | None = None) -> Trainer:
+    rows = Rows(repetitive, 1000, repetitive(7, 3), repetitive(9, 2)[:, : LENGTH + 1])
+    recorder, device = Recorder(stop_after), torch.device("cpu")
+    watchers = Watchers(recorder, logging.getLogger("headrace.test"), recorder, recorder)
+    trainer = Trainer(config, build_model(config, device), rows, Place(folder, "0" * 12, device, 1e6, None), watchers)
+    trainer.run()
+    return trainer
+
+
+def tensors_at_end(folder: Path) -> dict[str, Tensor]:
+    found = store.newest_valid(folder)
+    assert found is not None
+    assert found.step == STEPS
+    return load_tensors(found.model_file) | load_tensors(found.optimizer_file)
+
+
+def test_interrupted_twice_is_bitwise_equal_and_it_learns(config: Config, tmp_path: Path) -> None:
+    trained(config, tmp_path / "straight")
+    for stop_after in (5, 9):
+        trained(config, tmp_path / "broken", stop_after)
+    last = trained(config, tmp_path / "broken")
+    straight, broken = tensors_at_end(tmp_path / "straight"), tensors_at_end(tmp_path / "broken")
+    assert straight.keys() == broken.keys()
+    assert all(torch.equal(straight[name], broken[name]) for name in straight)
+    bias = straight["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.abs().max() > 0.005  # it moved by 0.001 a step
+
+    (tmp_path / "artifact").mkdir()
+    last.write_results(tmp_path / "artifact")
+    rows = [json.loads(line) for line in (tmp_path / "artifact" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert 6.5 < rows[0]["loss"] < 7.5  # ln 1024 = 6.93 is guessing
+    assert rows[-1]["loss"] < 3.5
+    assert rows[-1]["mtp_loss"] < 4.5
+    load_of_experts = json.loads((tmp_path / "artifact" / "expert_load.json").read_text())
+    assert list(load_of_experts["layers"]) == moe_layers(config.model) == ["1", "2"]
+    assert all(len(row) == 8 for layer in load_of_experts["layers"].values() for row in layer)
+
+
+@pytest.fixture(scope="module")
+def dataset(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of three small splits."""
+    folder = tmp_path_factory.mktemp("data")
+    corpus, tokenizer, tokens = (folder / name for name in ("corpus", "tokenizer", "tokens"))
+    for path in (corpus, tokenizer, tokens):
+        path.mkdir()
+    for split, documents in (("train", 60), ("validation", 30), ("heldout", 12)):
+        texts = [f"{split} document {n}: " + " ".join(str(n * k) for k in range(80)) for n in range(documents)]
+        pq.write_table(pa.table({"id": list(range(documents)), "text": texts}), corpus / f"{split}.parquet")
+    build_tokenizer(config.tokenizer, corpus, tokenizer, print)
+    units = plan(config.tokens)
+    for unit in units:
+        make_shard(unit, corpus, tokenizer, config.tokens, tokens)
+    finish(tokens, units)
+    return tokens
+
+
+def test_rows_come_from_their_splits_with_all_targets(config: Config, dataset: Path) -> None:
+    rows = open_rows(dataset, config)
+    assert rows.batch(3, 4).shape == (4, LENGTH + 2)
+    assert rows.batch(3, 4).dtype == torch.int64
+    assert torch.equal(rows.batch(3, 4)[1:], rows.batch(4, 3))
+    assert rows.validation.shape == (config.train.validation_rows, LENGTH + 2)
+    assert rows.agreement.shape == (8, LENGTH + 1)
+    assert len(rows.validation.unique(dim=0)) == config.train.validation_rows
+    other = open_rows(dataset, replace(config, seed=replace(config.seed, data=1)))
+    assert torch.equal(other.validation, rows.validation)
+    assert not torch.equal(other.batch(0, 8), rows.batch(0, 8))
+
+
+def test_a_split_without_a_row_is_said(config: Config, dataset: Path) -> None:
+    recipe = replace(config.recipe, sequence_length=100_000)
+    with pytest.raises(UserError, match=r"'train'.*recipe\.sequence_length"):
+        open_rows(dataset, replace(config, recipe=recipe))
