@@ -8,8 +8,8 @@ transformers does not train it. Weights come from our initialisation, since tran
 untrained.
 
 The GEMM peak is measured between the steps in the same dtype; model FLOPs count active matrices and causal attention,
-no recomputation. Peak memory is VmHWM of one process per contestant (`ru_maxrss` would start from the parent's). The loss
-curves (a small model, a predictable synthetic text) show that the same thing is computed.
+no recomputation. Peak memory is VmHWM of one process per contestant (`ru_maxrss` would start from the parent's). The
+loss curves (a small model, a predictable synthetic text) show that the same thing is computed.
 
     python benchmarks/train.py            about ten minutes on two cores
     python benchmarks/train.py --quick    the same steps on a tiny model, to see that it runs: its figures mean nothing
