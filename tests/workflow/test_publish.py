@@ -36,6 +36,6 @@ def test_a_pushed_model_is_private_tagged_and_loads_from_the_hub_with_equal_logi
         load = [sys.executable, "-c", LOGITS, "me/tiny", published["tag"]]
         loaded = subprocess.run(load, capture_output=True, text=True, timeout=120, env=environment)
         assert loaded.returncode == 0, loaded.stderr
-    local = transformers.AutoModelForCausalLM.from_pretrained(project.place("convert") / "artifact").eval()
+    local = transformers.AutoModelForCausalLM.from_pretrained(tiny.place("convert") / "artifact").eval()
     expected = local(torch.arange(1, 30)[None]).logits.double().flatten()
     assert torch.equal(torch.tensor(json.loads(loaded.stdout.splitlines()[-1]), dtype=torch.float64), expected)

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.artifacts.files import read_json
 from headrace.evaluation.evaluate import Inputs, evaluate
 from headrace.launch.device import resolve, use_threads
-from headrace.recipe.schedule import Schedule
 from headrace.stages.convert import model_file
 from headrace.stages.run import Door, Outcome, Run, main
 from headrace.tokens.loader import Batches, TokenDataset
@@ -21,11 +21,10 @@ def body(run: Run) -> Outcome:
     tokens = run.input("tokenize", quick=True)
 
     def rows_seen() -> NDArray[np.integer]:
-        """int64 [R, L + 1]: exactly the rows that the run read, in its order."""
-        plan, length = Schedule(config.recipe), config.recipe.sequence_length
-        rows = sum(plan.at(step).sequences for step in range(plan.steps))
+        """int64 [R, L + 1]: exactly the rows that the model has seen, those of `train.from` included."""
+        rows = read_json(run.input("pretrain") / "training.json")["position"]
         train = TokenDataset(tokens).split("train")
-        return Batches(train, config.seed.data, length, 1).batch(0, rows).numpy()
+        return Batches(train, config.seed.data, config.recipe.sequence_length, 1).batch(0, rows).numpy()
 
     inputs = Inputs(
         hub_folder=run.input("convert"),

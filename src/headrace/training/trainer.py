@@ -241,7 +241,8 @@ class Trainer:
 
     def _take_step(self, plan: Step) -> _Figures:
         batch = self._to_device(self._rows.batch(self._counters.position, plan.sequences))
-        losses = accumulate(self._model, batch, plan, self._microbatch)
+        with self._model.store.accumulating():
+            losses = accumulate(self._model, batch, plan, self._microbatch)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
         scalars = torch.stack([losses.main, losses.mtp, losses.balance, norm])
         loss, mtp, balance, gradient_norm = scalars.tolist()  # the step's one wait
