@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake
 
-.PHONY: run setup test test-fast test-faults lint format bench-train bench-overhead
+.PHONY: run setup test test-fast test-faults lint format bench-train bench-overhead bench-seeds
 
 run: setup
 	$(SNAKEMAKE)
@@ -17,10 +17,10 @@ setup: .venv/installed
 	touch $@
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not faults"
 
 test-fast: setup
-	$(BIN)/pytest -m "not workflow and not browser and not faults and not slow"
+	$(BIN)/pytest -m "not workflow and not browser and not faults"
 
 test-faults: setup
 	$(BIN)/pytest -m faults
@@ -39,6 +39,9 @@ format: setup
 
 bench-train: setup
 	$(BIN)/python benchmarks/train.py
+
+bench-seeds: setup
+	$(BIN)/python benchmarks/seeds.py
 
 bench-overhead: setup
 	$(BIN)/python benchmarks/overhead.py

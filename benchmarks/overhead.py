@@ -53,7 +53,7 @@ def bare_pipeline(experiment: str, folder: str) -> None:
     found = places(config, lock.hash)
     for row in STAGES:
         place = found[row.name]
-        output = place.folder / "artifact"
+        output = place.folder / "artifact.partial"
         output.mkdir(parents=True)
         door = importlib.import_module(f"headrace.stages.{row.name}").DOOR
         parents = {name: found[name] for name in row.parents}
@@ -61,6 +61,7 @@ def bare_pipeline(experiment: str, folder: str) -> None:
         run = Run(place, config, lock, "bare", parents, output, Deadline(None), log, Silent())  # type: ignore[arg-type]
         door.body(run)
         manifests.build(output, kind=row.name, producer={}, inputs=run.inputs, summary={}, algorithm=door.algorithm)
+        output.rename(place.artifact)
         facts = {"seconds": 0, "finished": "", "made": "", "versions": {}, "machine": {"processor": ""}, "code": CODE}
         (place.folder / "provenance.json").write_text(json.dumps(facts))
 

@@ -140,7 +140,7 @@ def toy_trainer(
 ) -> Trainer:
     """A trainer of the toy with checkpoints in `folder`."""
     recorder = recorder or Recorder()
-    place = Place(folder, fingerprint, torch.device("cpu"), 1e4, source)
+    place = Place(folder, fingerprint, torch.device("cpu"), 1e4, source, same_rows=True)
     watchers = Watchers(recorder, logging.getLogger("headrace.test"), recorder, recorder)
     return Trainer(config, model or ToyModel(), rows or toy_rows(), place, watchers)
 

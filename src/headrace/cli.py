@@ -1,4 +1,4 @@
-"""`headrace runs | index | plan | sync`: what is in results/, the frozen sources, figures of a plan, W&B upload.
+"""`headrace runs | index | plan | sync | import`: results, frozen sources, figures of a plan, W&B upload, Hub folders.
 
 Thin: each command composes the configuration, asks one room and prints. Stages are not run from here: that is
 `snakemake`, or `python -m headrace.stages.<stage>`.
@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0, or 2 with one line where the input is wrong."""
     arguments = _parser().parse_args(argv)
     try:
-        text = {"runs": _runs, "index": _index, "plan": _plan, "sync": _sync}[arguments.command](arguments)
+        commands = {"runs": _runs, "index": _index, "plan": _plan, "sync": _sync, "import": _import}
+        text = commands[arguments.command](arguments)
     except UserError as error:
         print(f"headrace {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -37,7 +38,17 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. experiment=tiny model=v3_671b")
+    command = commands.add_parser("import", help="turn a Hub folder of this family into a checkpoint's model file")
+    command.add_argument("folder", type=Path, help="config.json, safetensors and their index")
+    command.add_argument("output", type=Path, help="the model.safetensors to write")
     return parser
+
+
+def _import(arguments: argparse.Namespace) -> str:
+    from headrace.conversion.import_hub import import_
+
+    config = import_(arguments.folder, arguments.output)
+    return f"{arguments.output}: {config.num_hidden_layers} layers, {config.n_routed_experts} experts"
 
 
 def _runs(arguments: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.config.compose import CONF, load, overrides_from, read_yaml, split_words, to_dict, validate
+from headrace.config.compose import CONF, load, overrides_from, split_words, to_dict, validate
 from headrace.errors import UserError
 
 LEAVES = [path for path in sorted(CONF.rglob("*.yaml")) if path.name != "config.yaml"]
@@ -119,6 +119,15 @@ def test_snakemake_words_become_hydra_overrides() -> None:
     assert words == ["experiment=tiny", "a.b=[1, 2]", "c='x y'", "recipe.optimizer.name=adamw"]
 
 
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
+def test_any_text_from_yaml_reaches_hydra_as_it_is(text: str) -> None:
+    if text.endswith("\\") or "${" in text or text.startswith("["):
+        return
+    words = overrides_from({"publish": {"title": f"a {text}"}, "convert": {"step": None}})
+    config = load(words)
+    assert (config.publish.title, config.convert.step) == (f"a {text}", None)
+
+
 def test_a_quote_that_snakemake_strips_is_put_back() -> None:
     assert overrides_from({"set": "a.b=1 publish.title='Another title"}) == ["a.b=1", "publish.title='Another title'"]
 
@@ -130,7 +139,3 @@ def test_a_quote_that_snakemake_strips_is_put_back() -> None:
 )
 def test_words_without_quotes_split_like_white_space(words: list[str]) -> None:
     assert split_words("  ".join(words)) == words
-
-
-def test_yaml_is_read_without_objects() -> None:
-    assert read_yaml(CONF / "seed" / "default.yaml") == {"init": 0, "data": 0}

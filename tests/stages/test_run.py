@@ -196,11 +196,12 @@ def test_a_crash_between_commit_and_done_is_finished_by_the_next_run(
         raise RuntimeError("crash")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_finish", crash)
+        patch.setattr(runs.Tracker, "close", crash)
         assert main(Door("corpus", write_one_file), words) == 1
     place = place_of(words)
     assert place.artifact.exists()
     assert not place.done.exists()
+    assert json.loads((place.folder / "provenance.json").read_text())["made"] == "one file"
     assert main(Door("corpus", write_one_file), words) == 0
     assert place.done.exists()
 

@@ -1,10 +1,12 @@
 """Fingerprints: a value changes its stage and all after it, and nothing else."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from headrace.config.compose import load
+from headrace.errors import UserError
 from headrace.stages import table
 from headrace.stages.table import MACHINE_GROUPS, NAMES, STAGES, fingerprints, readable_groups, stage_named
 
@@ -16,16 +18,13 @@ def changed(*words: str) -> set[str]:
     return {name for name in NAMES if before[name] != after[name]}
 
 
-def after(stage: str) -> set[str]:
-    return {row.name for row in STAGES if stage in {row.name, *row.parents}}
-
-
 @pytest.mark.parametrize(
     ("word", "first"),
     [
         ("corpus.max_bytes=1000000", "corpus"),
         ("tokenizer.sample_bytes=5", "tokenizer"),
         ("tokens.shards=3", "tokenize"),
+        ("tokens.shards_per_job=2", "tokenize"),
         ("recipe.learning_rate.peak=2e-3", "pretrain"),
         ("model.n_routed_experts=8", "pretrain"),
         ("precision=fp32", "pretrain"),
@@ -51,6 +50,20 @@ def test_a_changed_value_changes_its_stage_and_what_follows(word: str, first: st
 )  # fmt: skip
 def test_the_machine_changes_nothing(word: str) -> None:
     assert changed(word) == set()
+
+
+def test_a_tokenizer_file_is_known_by_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    words = ["tokenizer=file", f"tokenizer.path={path}", "tokenizer.vocab_size=300"]
+    path.write_text("one")
+    before = fingerprints(load(words), SOURCES)
+    path.write_text("two")
+    after = fingerprints(load(words), SOURCES)
+    assert before["corpus"] == after["corpus"]
+    assert before["tokenizer"] != after["tokenizer"]
+    path.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        fingerprints(load(words), SOURCES)
 
 
 def test_every_group_is_either_hashed_or_the_machines() -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def test_a_changed_setting_reruns_what_depends_on_it(tiny: Project, settings: st
 
 def test_cores_and_another_profile_rerun_nothing(tiny: Project) -> None:
     assert tiny.planned("--cores", "1") == []
+    assert tiny.planned("--workflow-profile", str(ROOT / "profiles" / "slurm")) == []
 
 
 def test_the_old_value_finds_its_old_results(tiny: Project, tmp_path: Path) -> None:
@@ -161,6 +163,14 @@ def test_one_wandb_run_per_stage_in_one_group(tiny: Project) -> None:
     runs = {stage: json.loads((tiny.place(stage) / "tracking" / "run.json").read_text()) for stage in STAGES}
     assert {run["run_id"] for run in runs.values()} == {f"{stage}-{tiny.place(stage).name}" for stage in STAGES}
     assert len({run["group"] for run in runs.values()}) == 1
+
+
+def test_snakemakes_own_report_holds_the_page(tiny: Project) -> None:
+    result = tiny.run("--report", "snakemake-report.zip")
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(tiny.folder / "snakemake-report.zip") as archive:
+        pages = [name for name in archive.namelist() if name.endswith("report.html")]
+        assert any(b"bits per byte" in archive.read(name).lower() for name in pages)
 
 
 def test_the_snakefile_imports_nothing_heavy() -> None:

@@ -106,19 +106,25 @@ def test_a_users_mistake_is_tried_once(tokens_made: Callable[[], Project]) -> No
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "pretrain"])
-def test_every_stage_goes_on_after_kill_9_of_both(tiny: Project, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize("victims", ["snakemake", "stage", "both"])
+@pytest.mark.parametrize("stage", ["tokenize_shards", *(stage for stage in STAGES if stage != "pretrain")])
+def test_every_stage_goes_on_after_kill_9(tiny: Project, tmp_path: Path, stage: str, victims: str) -> None:
+    program, stage = stage, stage.removesuffix("_shards")
     project = copy_of(tiny, tmp_path, STAGES[: STAGES.index(stage)])
     process = project.start(stage)
-    victim = wait_for(lambda: stage_process(process, stage))
-    wait_for(lambda: list(project.folder.glob(f"results/{stage}/*/lease.json")) or None, 30)
-    process.kill()
-    try:
-        victim.send_signal(signal.SIGKILL)
-    except psutil.NoSuchProcess:
-        pytest.fail(f"{stage} ended before it could be killed; the test must be faster")
+    victim = wait_for(lambda: stage_process(process, program))
+    leases = "batch-*.json" if program == "tokenize_shards" else "lease.json"
+    wait_for(lambda: list(project.folder.glob(f"results/{stage}/*/{leases}")) or None, 30)
+    if victims != "stage":
+        process.kill()
+    if victims != "snakemake":
+        try:
+            victim.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            pytest.fail(f"{stage} ended before it could be killed; the test must be faster")
     process.communicate(timeout=60)
-    assert not list(project.folder.glob(f"results/{stage}/*/done"))
+    if victims != "snakemake":
+        assert not list(project.folder.glob(f"results/{stage}/*/done"))
     again = project.run(stage)
     assert again.returncode == 0, again.stderr
     assert project.planned(stage) == []

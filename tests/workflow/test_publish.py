@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
 from loopback_hub import LoopbackHub
 from project import ROOT, STAGES, Project, copy_of
 

@@ -27,4 +27,4 @@ rule report:
     message:
         "report: figures and tables of the whole run"
     shell:
-        graph.command("report")
+        graph.report_command()

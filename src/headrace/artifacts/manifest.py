@@ -24,6 +24,8 @@ from headrace.errors import UserError
 
 NAME = "manifest.json"
 SCHEMA = 1
+SMALL = 1 << 20
+_REMEDY = "remove this folder, and the file `done` beside it where there is one, to make it again"
 
 
 @dataclass(frozen=True)
@@ -92,34 +94,39 @@ def read(folder: Path) -> Manifest:
         body = _body(raw["kind"], raw["producer"], raw["inputs"], files, raw["summary"])
         stored, schema = raw["hash"], raw["schema"]
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a manifest; delete the folder to make it again") from None
+        raise UserError(f"{path}: not a manifest; {_REMEDY}") from None
     if schema != SCHEMA:
         raise UserError(f"{path}: written by schema {schema}, this version reads {SCHEMA}")
     if stored != _hash(body):
-        raise UserError(f"{path}: damaged (its hash does not match its content); delete the folder to make it again")
+        raise UserError(f"{path}: damaged (its hash does not match its content); {_REMEDY}")
     return Manifest(SCHEMA, raw["kind"], raw["producer"], raw["inputs"], files, raw["summary"], stored)
 
 
-def verify(folder: Path) -> Manifest:
-    """Check every file against the manifest: nothing missing, nothing more, every size and hash equal."""
+def verify(folder: Path, hash_up_to: int | None = None) -> Manifest:
+    """Check every file against the manifest: nothing missing, nothing more, every size and hash equal.
+
+    With `hash_up_to` only files of at most so many bytes are hashed; the reader of the larger ones does it itself.
+    """
     manifest = read(folder)
     present = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     for name in sorted(set(present) - set(manifest.files)):
-        raise UserError(f"{folder / name}: not listed in {NAME}; delete the folder to make it again")
+        raise UserError(f"{folder / name}: not listed in {NAME}; {_REMEDY}")
     for name, entry in manifest.files.items():
         if name not in present:
-            raise UserError(f"{folder / name}: missing; delete {folder} to make it again")
-        _verify_file(present[name], entry)
+            raise UserError(f"{folder / name}: missing; {_REMEDY}")
+        _verify_file(present[name], entry, hash_up_to)
     return manifest
 
 
-def _verify_file(path: Path, entry: FileEntry) -> None:
+def _verify_file(path: Path, entry: FileEntry, hash_up_to: int | None) -> None:
     size = path.stat().st_size
     if size != entry.size:
-        raise UserError(f"{path}: {size} bytes, its manifest says {entry.size}; delete the folder to make it again")
+        raise UserError(f"{path}: {size} bytes, its manifest says {entry.size}; {_REMEDY}")
+    if hash_up_to is not None and size > hash_up_to:
+        return
     algorithm: Algorithm = "sha256" if entry.hash.startswith("sha256:") else "xxh3"
     if hash_file(path, algorithm) != entry.hash:
-        raise UserError(f"{path}: damaged (hash differs from its manifest); delete the folder to make it again")
+        raise UserError(f"{path}: damaged (hash differs from its manifest); {_REMEDY}")
 
 
 def discard(folder: Path) -> None:

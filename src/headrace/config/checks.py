@@ -56,7 +56,14 @@ def _shapes(model: ModelConfig) -> list[str]:
     wrong = []
     if model.qk_rope_head_dim % 2:
         wrong.append(f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even: RoPE rotates pairs")
+    if model.rope_theta <= 1:
+        wrong.append(f"model.rope_theta={model.rope_theta} must exceed 1")
     scaling = model.rope_scaling
+    if scaling and scaling.beta_fast <= scaling.beta_slow:
+        wrong.append(
+            f"model.rope_scaling.beta_fast={scaling.beta_fast} must exceed "
+            f"model.rope_scaling.beta_slow={scaling.beta_slow}"
+        )
     if scaling and scaling.original_max_position_embeddings > model.max_position_embeddings:
         wrong.append(
             f"model.rope_scaling.original_max_position_embeddings={scaling.original_max_position_embeddings} exceeds "

@@ -5,12 +5,12 @@ configuration. It uses Hydra's compose API: no `hydra.main`, no run directories,
 Every problem is collected and reported at once, as one `UserError` with one line per problem.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -77,9 +77,9 @@ def overrides_from(snakemake_config: Mapping[str, Any]) -> list[str]:
         if key == "set":
             overrides += split_words(_with_last_quote(str(value)))
         elif isinstance(value, Mapping):
-            overrides += [f"{name}={item}" for name, item in _flatten(key, value)]
+            overrides += [f"{name}={_in_hydras_words(item)}" for name, item in _flatten(key, value)]
         else:
-            overrides.append(f"{key}={value}")
+            overrides.append(f"{key}={_in_hydras_words(value)}")
     return overrides
 
 
@@ -101,6 +101,19 @@ def split_words(text: str) -> list[str]:
         else:
             current += character
     return [*words, current] if current else words
+
+
+def _in_hydras_words(value: Any) -> str:
+    """A value that YAML has parsed, as Hydra's grammar spells it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_in_hydras_words, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = str(value)
+    if re.fullmatch(r"[\w.@%+/-]+", text, re.ASCII) or text.startswith("["):
+        return text
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _with_last_quote(text: str) -> str:
@@ -136,8 +149,3 @@ def _describe(error: ValidationError) -> list[str]:
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)
-
-
-def read_yaml(path: Path) -> Any:
-    """Read one YAML file of `conf/` without composing it (tests and `headrace runs` compare against it)."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ _CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
@@ -56,8 +57,8 @@ class CorpusConfig:
     min_document_bytes: Count
     max_document_bytes: Positive
     max_bytes: Positive | None  # a deterministic sample of at most so many bytes of text; null takes all
-    validation_fraction: Fraction
-    heldout_fraction: Fraction
+    validation_fraction: Share
+    heldout_fraction: Share
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class TokensConfig:
     __pydantic_config__ = _CLOSED
     engine: Literal["auto", "fastokens", "tokenizers"]
     shards: Annotated[int, Field(ge=1, le=100_000)]  # output shards of the training split
+    shards_per_job: Positive  # one job makes so many, so that the DAG stays small
     parity_every: Positive  # every n-th document is encoded again with `tokenizers` and compared
 
 
@@ -232,7 +234,7 @@ class EvaluateConfig:
     """What is measured on the converted model."""
 
     __pydantic_config__ = _CLOSED
-    tasks: tuple[str, ...]
+    tasks: tuple[Literal["humaneval_likelihood", "reasoning_gym"], ...]
     items: Positive  # items per task at most
     heldout_rows: Positive  # rows of held-out text for bits per byte
     bootstrap: Positive  # resamples of documents
@@ -274,7 +276,6 @@ class LaunchConfig:
     threads: Positive | None  # CPU threads of one process; null takes all cores
     minutes: PositiveFloat | None  # time budget of one job; the stage saves and exits 75 before it ends
     rerun: Literal["loop", "slurm"]  # what exit 75 leads to: run again at once, or `scontrol requeue`
-    shards_per_job: Positive
 
 
 @dataclass(frozen=True)

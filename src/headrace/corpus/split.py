@@ -31,8 +31,7 @@ def assign(
     if len(sizes) <= len(wanted):
         raise UserError(
             f"corpus: too small: {len(sizes)} group(s) of text (folders, or documents) cannot be divided into "
-            f"{', '.join([TRAIN, *(split for split, _ in wanted)])}; add text, or set corpus.validation_fraction and "
-            "corpus.heldout_fraction to 0"
+            f"{', '.join([TRAIN, *(split for split, _ in wanted)])}; add text"
         )
     counts = Counter(strata[group] for group in sizes)
     largest = max(sorted(counts), key=counts.__getitem__)

@@ -60,7 +60,7 @@ def ratio_of_sums(numerator: Floats, denominator: Floats, resamples: int, seed: 
         quotients.append(np.abs(ratio[usable] - value) / errors[usable])
     studentised = np.concatenate(quotients)
     if error == 0 or len(studentised) == 0:  # all units alike
-        return Estimate(value, value, value, units)
+        return Estimate(value, None, None, units)
     half = float(np.quantile(studentised, LEVEL)) * error
     return Estimate(value, value - half, value + half, units)
 

@@ -58,13 +58,13 @@ def read_stage(name: str, parents: tuple[str, ...], folder: Path) -> Stage:
     if not artifact.exists():
         return Stage(name, folder.name, parents, None, "this page", None, {}, str(artifact))
     manifest = manifests.read(artifact)
-    ends = [entry for entry in _read_lines(folder / "attempts.jsonl") if entry.get("exit") == 0]
+    record = read_json(folder / "provenance.json")
     return Stage(
         name=name,
         fingerprint=folder.name,
         parents=parents,
-        seconds=read_json(folder / "provenance.json")["seconds"],
-        made=ends[-1]["reason"] if ends else "",
+        seconds=record["seconds"],
+        made=record["made"],
         manifest_hash=manifest.hash,
         inputs=manifest.inputs,
         folder=str(artifact),

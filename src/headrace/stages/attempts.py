@@ -19,8 +19,8 @@ RUN_AGAIN = 75
 class Ledger:
     """`attempts.jsonl`: one line when an attempt starts and one when it ends; a start without an end was killed."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "attempts.jsonl"
+    def __init__(self, folder: Path, name: str = "attempts") -> None:
+        self._path = folder / f"{name}.jsonl"
 
     def start(self, progress: int) -> str | None:
         """Record an attempt that starts from `progress`; returns why it must not run, where it must not."""
@@ -60,7 +60,9 @@ class Ledger:
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps({"time": round(time.time(), 3), **entry}, sort_keys=True) + "\n"
+        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
         with self._path.open("a", encoding="utf-8") as file:
+            file.write("\n" if torn else "")
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

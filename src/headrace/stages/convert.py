@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
+from headrace.artifacts.files import read_json
 from headrace.checkpoint import store
 from headrace.conversion.check import verify_export
 from headrace.conversion.export import export
@@ -16,6 +18,16 @@ def model_file(run: Run) -> Path:
     return (
         artifact / "model.safetensors" if step is None else store.at_step(checkpoints(artifact.parent), step).model_file
     )
+
+
+def trained_state(run: Run) -> dict[str, Any]:
+    """How far the converted checkpoint was trained: `tokens`, `seconds`, and `position`, the rows of data read."""
+    artifact, step = run.input("pretrain"), run.config.convert.step
+    if step is None:
+        facts = read_json(artifact / "training.json")
+        return {key: facts[key] for key in ("tokens", "seconds", "position")}
+    state = store.at_step(checkpoints(artifact.parent), step).state
+    return {"tokens": state["tokens"], **{key: state["counters"][key] for key in ("seconds", "position")}}
 
 
 def body(run: Run) -> Outcome:

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from headrace.artifacts.files import read_json
 from headrace.evaluation.evaluate import Inputs, evaluate
 from headrace.launch.device import resolve, use_threads
-from headrace.stages.convert import model_file
+from headrace.stages import provenance
+from headrace.stages.convert import model_file, trained_state
 from headrace.stages.run import Door, Outcome, Run, main
 from headrace.tokens.loader import Batches, TokenDataset
 
@@ -20,11 +21,11 @@ def body(run: Run) -> Outcome:
     use_threads(config.launch.threads)
     tokens = run.input("tokenize", quick=True)
 
-    def rows_seen() -> NDArray[np.integer]:
+    def training_rows() -> NDArray[np.integer]:
         """int64 [R, L + 1]: exactly the rows that the model has seen, those of `train.from` included."""
-        rows = read_json(run.input("pretrain") / "training.json")["position"]
         train = TokenDataset(tokens).split("train")
-        return Batches(train, config.seed.data, config.recipe.sequence_length, 1).batch(0, rows).numpy()
+        batches = Batches(train, config.seed.data, config.recipe.sequence_length, 1)
+        return batches.batch(0, trained_state(run)["position"]).numpy()
 
     inputs = Inputs(
         hub_folder=run.input("convert"),
@@ -32,9 +33,9 @@ def body(run: Run) -> Outcome:
         agreement_file=run.input("pretrain") / "agreement.safetensors",
         heldout=run.input("corpus") / "heldout.parquet",
         tokenizer_folder=run.input("tokenizer"),
-        training_rows=rows_seen,
+        training_rows=training_rows,
         identity=dict(run.inputs),
-        final=config.convert.step is None,
+        final=config.convert.step is None and _trained_on_such_a_machine(run, device.type),
     )
     results = evaluate(
         inputs,
@@ -51,6 +52,18 @@ def body(run: Run) -> Outcome:
     scores = {name: entry["value"] for name, entry in results["bits_per_byte"]["kinds"]["all"]["models"].items()}
     line = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     return Outcome(f"bits per byte: {line}", {"bits_per_byte": scores.pop("model"), **scores})
+
+
+def _trained_on_such_a_machine(run: Run, device: str) -> bool:
+    """BF16 results are bitwise the same only on the same kind of processor; elsewhere the comparison is left out."""
+    trained = read_json(run.parents["pretrain"].folder / "provenance.json")["machine"]["processor"]
+    trained_device = read_json(run.input("pretrain") / "training.json")["device"]
+    here = (provenance.machine()["processor"], device)
+    if (trained, trained_device) != here:
+        run.log.warning(
+            "trained on %s, evaluated on %s: in-memory results are not compared", (trained, trained_device), here
+        )
+    return (trained, trained_device) == here
 
 
 DOOR = Door("evaluate", body)

@@ -24,7 +24,11 @@ class Graph:
         self._overrides = overrides_from(snakemake_config)
         self.config = load(self._overrides)
         lock, new = checked_lock(self.config, self._overrides) if check_sources else (known_lock(self.config), [])
-        self.new_sources = new
+        if new:
+            command = shlex.join(["headrace", "index", *self._overrides])
+            print(
+                f"{len(new)} new source files, e.g. {new[0]}, are left out; `{command}` takes them in", file=sys.stderr
+            )
         self.places = places(self.config, lock.hash)
 
     def done(self, stage: str) -> str:
@@ -42,20 +46,25 @@ class Graph:
     def batches(self) -> list[str]:
         """The jobs that the token shards are made in: one job, many shards."""
         units = self.config.tokens.shards + 2
-        return [f"{index:05d}" for index in range(math.ceil(units / self.config.launch.shards_per_job))]
+        return [f"{index:05d}" for index in range(math.ceil(units / self.config.tokens.shards_per_job))]
 
     def command(self, stage: str) -> str:
         """The shell line of a stage. Exit 75 means "run me again"; what that takes, `launch.rerun` says."""
-        line = self._until_done(f"{_quote(sys.executable)} -m headrace.stages.{stage} {self._arguments()}")
-        # Without a shared file system Snakemake expects the declared file elsewhere than the stage writes it.
-        done = _quote(self.done(stage))
-        return f"{line}; [ {done} -ef {{output.done:q}} ] || cp {done} {{output.done:q}}"
+        program = f"{_quote(sys.executable)} -m headrace.stages.{stage} {self._arguments()}"
+        return self._until_done(program) + _declare(_quote(self.done(stage)), "done")
 
     def batch_command(self) -> str:
         """The shell line of one job of token shards; Snakemake fills in the wildcard."""
-        return self._until_done(
+        program = (
             f"{_quote(sys.executable)} -m headrace.stages.tokenize_shards {{wildcards.batch:q}} {self._arguments()}"
         )
+        return self._until_done(program) + _declare(
+            f"{_quote(self.file('tokenize', 'batches'))}/{{wildcards.batch:q}}.done", "done"
+        )
+
+    def report_command(self) -> str:
+        """The shell line of the report, which declares its page too."""
+        return self.command("report") + _declare(_quote(self.file("report", "report.html")), "html")
 
     def sync_log(self) -> str:
         """The log of `snakemake sync`."""
@@ -74,6 +83,11 @@ class Graph:
             "slurm": f"[ $code -eq {_AGAIN} ] || exit $code; scontrol requeue $SLURM_JOB_ID; sleep 600",
         }[self.config.launch.rerun]
         return f"while true; do code=0; {command} || code=$?; [ $code -ne 0 ] || break; {again}; done"
+
+
+def _declare(made: str, output: str) -> str:
+    """Without a shared file system Snakemake expects a declared file elsewhere than the stage writes it."""
+    return f"; [ {made} -ef {{output.{output}:q}} ] || cp {made} {{output.{output}:q}}"
 
 
 def _quote(word: str) -> str:

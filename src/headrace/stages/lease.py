@@ -43,7 +43,7 @@ class Lease:
         self._path = folder / f"{name}.json"
         self._guard = folder / f".{name}.lock"
         self._stale_seconds = stale_seconds
-        self._me = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), _process_start(os.getpid()) or 0)
+        self._me = Holder(uuid.uuid4().hex, _this_host(), os.getpid(), _process_start(os.getpid()) or 0)
         self._stop = threading.Event()
 
     def try_acquire(self) -> Holder | None:
@@ -64,15 +64,21 @@ class Lease:
                 self._path.unlink()
 
     def _beat(self) -> None:
+        last = time.monotonic()
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with self._guarded():
-                if self._stop.is_set():
-                    return
-                if self._read() != self._me:
-                    # Somebody took us for dead: two writers in one folder are worse than a lost attempt.
-                    os.write(2, b"headrace: the lease of this run was taken over; stopping\n")
-                    os._exit(LOST_LEASE_EXIT)
-                os.utime(self._path)
+            try:
+                with self._guarded():
+                    if self._stop.is_set():
+                        return
+                    if self._read() != self._me:
+                        # Somebody took us for dead: two writers in one folder are worse than a lost attempt.
+                        _stop_now(b"headrace: the lease of this run was taken over; stopping\n")
+                    os.utime(self._path)
+                last = time.monotonic()
+            except OSError:
+                # A network file system may fail for a while; past the limit others take us for dead.
+                if time.monotonic() - last > self._stale_seconds:
+                    _stop_now(b"headrace: the heartbeat of this run cannot be written; stopping\n")
 
     def _is_stale(self, holder: Holder) -> bool:
         if holder.host == self._me.host:
@@ -90,6 +96,16 @@ class Lease:
         with self._guard.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _stop_now(message: bytes) -> None:
+    os.write(2, message)
+    os._exit(LOST_LEASE_EXIT)
+
+
+def _this_host() -> str:
+    """Host name and process namespace: containers may share the one and not the other."""
+    return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
 
 
 def _process_start(pid: int) -> int | None:

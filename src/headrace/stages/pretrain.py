@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
+from headrace.artifacts.files import read_json
 from headrace.checkpoint import store
 from headrace.errors import UserError
 from headrace.launch.deadline import StopRequested
@@ -26,7 +28,8 @@ def body(run: Run) -> Outcome:
     threads = use_threads(config.launch.threads)
     run.log.info("device %s (launch.device=%s), %d threads", device, config.launch.device, threads)
     flops = training_flops(config.model, config.recipe.sequence_length, mtp=bool(config.model.num_nextn_predict_layers))
-    place = Place(checkpoints(run.folder), run.place.fingerprint, device, flops, _source(run))
+    source = _source(run)
+    place = Place(checkpoints(run.folder), run.place.fingerprint, device, flops, source, _same_rows(run, source))
     watchers = Watchers(run.tracker, run.log, run.deadline, progress_on())
     # The loader verifies every shard as it opens it.
     rows = open_rows(run.input("tokenize", quick=True), config)
@@ -38,20 +41,45 @@ def body(run: Run) -> Outcome:
     trainer.write_results(run.output)
     facts = trainer.summary()
     summary = {key: facts[key] for key in ("steps", "tokens", "loss", "validation_loss", "tokens_per_second", "mfu")}
-    losses = f"loss {facts['loss']:.3f}, validation {facts['validation_loss']:.3f}"
+    losses = f"loss {_shown(facts['loss'])}, validation {_shown(facts['validation_loss'])}"
     return Outcome(f"{losses}, {facts['tokens_per_second']:,.0f} tokens/s", summary)
 
 
 def _source(run: Run) -> Path | None:
-    """The checkpoint folder that `train.from` names, under this results folder."""
+    """The checkpoint folder that `train.from` names; None without one, or where this run has its own checkpoints."""
     named = run.config.train.from_
-    if named is None:
+    if named is None or store.steps(checkpoints(run.folder)):
         return None
     fingerprint, _, step = named.partition("@")
     folder = run.folder.parent / fingerprint
     if not folder.exists():
         raise UserError(f"train.from={named}: there is no run {folder}; `headrace runs` lists what there is")
-    return store.at_step(checkpoints(folder), int(step)).folder
+    if _tokens_of(folder)["parents"]["tokenizer"] != _tokens_of(run.folder)["parents"]["tokenizer"]:
+        raise UserError(f"train.from={named}: that run has another tokenizer, so its embedding means other tokens")
+    source = store.at_step(checkpoints(folder), int(step))
+    run.inputs["train.from"] = source.manifest_hash
+    return source.folder
+
+
+def _same_rows(run: Run, source: Path | None) -> bool:
+    """Whether this run reads the rows that its source has read, in the same order, so that it can go on behind them."""
+    if source is None:
+        return False
+    theirs, ours = read_json(source.parents[1] / "stage.json"), run.place.slice
+    keys = [("seed", "data"), ("recipe", "sequence_length")]
+    equal = all(theirs["config"][group][key] == ours["config"][group][key] for group, key in keys)
+    return equal and theirs["parents"] == ours["parents"]
+
+
+def _tokens_of(run_folder: Path) -> dict[str, Any]:
+    """The slice of the tokenize stage that a pretrain run read."""
+    tokenize = read_json(run_folder / "stage.json")["parents"]["tokenize"]
+    found: dict[str, Any] = read_json(run_folder.parents[1] / "tokenize" / tokenize / "stage.json")
+    return found
+
+
+def _shown(loss: float | None) -> str:
+    return "not measured" if loss is None else f"{loss:.3f}"
 
 
 def newest_step(run_folder: Path) -> int:

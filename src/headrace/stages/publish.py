@@ -14,6 +14,7 @@ from headrace.publication.facts import CardFacts, DataSource, Measurement
 from headrace.publication.hub import push
 from headrace.publication.repository import build_repository
 from headrace.stages import provenance
+from headrace.stages.convert import trained_state
 from headrace.stages.run import Door, Outcome, Run, main
 
 PUBLICATION = "publication.json"
@@ -22,12 +23,14 @@ PUBLICATION = "publication.json"
 def body(run: Run) -> Outcome:
     """Build the tree, pass it through the gate, and push it where `publish.repo_id` names a repository."""
     settings = run.config.publish
-    code = provenance.code_version()
-    if code["dirty"] and not settings.allow_dirty:
-        raise UserError("publish.allow_dirty=false: the work tree has uncommitted changes; commit them or allow it")
+    trained = read_json(run.parents["pretrain"].folder / "provenance.json")["code"]
+    if (provenance.code_version()["dirty"] or trained["dirty"]) and not settings.allow_dirty:
+        raise UserError(
+            "publish.allow_dirty=false: made from a work tree with uncommitted changes; commit, or allow it"
+        )
     results = run.input("evaluate") / "results.json"
     repository = repository_of(run.output)
-    files = build_repository(repository, run.input("convert"), card_facts(run, code), results=results)
+    files = build_repository(repository, run.input("convert"), card_facts(run), results=results)
     facts: dict[str, Any] = {"repo_id": settings.repo_id, "commit": None, "tag": None, "files": files}
     where = "local folder"
     if settings.repo_id:
@@ -42,15 +45,16 @@ def body(run: Run) -> Outcome:
     return Outcome(f"{len(files)} files, {size / 1e6:,.1f} MB, {where}", summary)
 
 
-def card_facts(run: Run, code: dict[str, Any]) -> CardFacts:
+def card_facts(run: Run) -> CardFacts:
     """What the model card says, from the artifacts of the run."""
     config, parameters = run.config, count(run.config.model)
     corpus, training = (
         read_json(run.input("corpus") / "corpus.json"),
         read_json(run.input("pretrain") / "training.json"),
     )
-    results, machine = read_json(run.input("evaluate") / "results.json"), provenance.machine()
-    trained_on = read_json(run.parents["pretrain"].folder / "provenance.json").get("machine", machine)
+    results = read_json(run.input("evaluate") / "results.json")
+    trained = read_json(run.parents["pretrain"].folder / "provenance.json")
+    seen = trained_state(run)
     return CardFacts(
         title=config.publish.title,
         license=config.publish.license,
@@ -60,21 +64,25 @@ def card_facts(run: Run, code: dict[str, Any]) -> CardFacts:
         parameters=parameters.total + parameters.mtp,
         parameters_activated=parameters.activated,
         parameters_mtp=parameters.mtp,
-        tokens=training["tokens"],
+        tokens=seen["tokens"],
         sequence_length=config.recipe.sequence_length,
-        flops=training["tokens"] * training["flops_per_token"],
-        seconds=training["seconds"],
-        hardware=f"{trained_on['processor']}, {training['threads']} threads, {training['device']}",
+        flops=seen["tokens"] * training["flops_per_token"],
+        seconds=seen["seconds"],
+        hardware=f"{trained['machine']['processor']}, {training['threads']} threads, {training['device']}",
         precision=training["compute"],
         dtype=config.convert.dtype,
         optimizer=config.recipe.optimizer.name,
         sources=list(data_sources(corpus)),
         measurements=list(measurements(results)),
-        versions=provenance.versions(),
-        code_version=f"{code['commit'] or 'no commit'}{' with uncommitted changes' if code['dirty'] else ''}",
+        versions=trained["versions"],
+        code_version=_code_version(trained["code"]),
         command=run.command,
         languages=["en", "code"] if config.corpus.source == "environment" else [],
     )
+
+
+def _code_version(code: dict[str, Any]) -> str:
+    return f"{code['commit'] or 'no commit'}{' with uncommitted changes' if code['dirty'] else ''}"
 
 
 def data_sources(corpus: dict[str, Any]) -> Iterator[DataSource]:
@@ -100,7 +108,7 @@ def measurements(results: dict[str, Any]) -> Iterator[Measurement]:
         baselines = {name: other["value"] for name, other in models.items() if name != "model"}
         own = models["model"]
         yield Measurement(
-            f"Bits per byte, {kind}", "held-out text of the corpus", None, "bits_per_byte",
+            f"Bits per byte, {kind}", f"held-out text, {kind}", None, "bits_per_byte",
             own["value"], own["low"], own["high"], entry["documents"], baselines,
         )  # fmt: skip
     for name, task in results["tasks"].items():

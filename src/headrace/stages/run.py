@@ -99,15 +99,11 @@ class Run:
         return self.place.folder
 
     def input(self, parent: str, quick: bool = False) -> Path:
-        """A parent's artifact, verified byte by byte; `quick` checks the manifest only, for readers that verify."""
+        """A parent's artifact, verified byte by byte; `quick` leaves large files to readers that verify them."""
         place = self.parents[parent]
-        manifest = manifests.read(place.artifact) if quick else manifests.verify(place.artifact)
+        manifest = manifests.verify(place.artifact, manifests.SMALL if quick else None)
         self.inputs[parent] = manifest.hash
         return place.artifact
-
-    def parent_manifest(self, parent: str) -> Manifest:
-        """A parent's manifest, for its summary."""
-        return manifests.read(self.parents[parent].artifact)
 
 
 def main(door: Door, argv: Sequence[str] | None = None) -> int:
@@ -161,7 +157,7 @@ def _attempt(job: _Job) -> int:
     stuck = ledger.start(job.door.progress(place.folder))
     if stuck:
         return fail(place.stage, stuck, 1)
-    log = _open_log(place.folder, job.config.tracking.log_level)
+    log = open_log(place.log, job.config.tracking.log_level)
     code, reason = 1, "failed"
     try:
         reason = _work(job, log)
@@ -173,7 +169,7 @@ def _attempt(job: _Job) -> int:
             reason += f" (traceback in {place.log})"
     finally:
         ledger.end(code, Redactor().text(reason))
-        _close_log(log)
+        close_log(log)
     return code if code == 0 else fail(place.stage, reason, code)
 
 
@@ -200,13 +196,14 @@ def _work(job: _Job, log: logging.Logger) -> str:
             summary=dict(outcome.summary),
             algorithm=job.door.algorithm,
         )
+        seconds = time.monotonic() - started
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        ended = {"seconds": round(seconds, 2), "finished": finished, "made": outcome.line}
+        # Before the commit: whoever finds the artifact finds its provenance whole, whatever happens afterwards.
+        write_json(place.folder / "provenance.json", {**facts, **ended})
         manifests.commit(output, place.artifact)
         tracker.summary(outcome.summary)
         tracker.artifact(f"{row.name}-{place.fingerprint}", row.name, place.artifact / manifests.NAME)
-    seconds = time.monotonic() - started
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
-    ended = {"seconds": round(seconds, 2), "finished": finished, "made": outcome.line}
-    write_json(place.folder / "provenance.json", {**facts, **ended})
     _finish(place, manifest, job.door.after)
     say(place, outcome.line, seconds)
     log.info("done in %.1f s: %s", seconds, outcome.line)
@@ -230,7 +227,7 @@ def _write_slice(place: Place) -> None:
 
 @contextmanager
 def held(place: Place, name: str = "lease") -> Iterator[None]:
-    """Hold the lease; while a live process holds it, follow: its result is ours."""
+    """Hold the lease; while a live process holds it, wait: where it succeeds, its result is ours."""
     lease, told = Lease(place.folder, name), False
     while holder := lease.try_acquire():
         if not told:
@@ -291,11 +288,12 @@ class _LogFile(logging.FileHandler):
         """Pass over it."""
 
 
-def _open_log(folder: Path, level: str) -> logging.Logger:
-    log = logging.getLogger(f"headrace.{folder.parent.name}.{folder.name}")
+def open_log(path: Path, level: str) -> logging.Logger:
+    """A log of its own: everything into the file `path`, warnings to the terminal too, secrets nowhere."""
+    log = logging.getLogger(f"headrace.{path}")
     log.setLevel(level.upper())
     log.propagate = False
-    to_file, to_terminal = _LogFile(folder / "log.txt", encoding="utf-8"), logging.StreamHandler(sys.stderr)
+    to_file, to_terminal = _LogFile(path, encoding="utf-8"), logging.StreamHandler(sys.stderr)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_file.addFilter(RedactingFilter())
     to_terminal.setLevel(logging.WARNING)
@@ -307,7 +305,8 @@ def _open_log(folder: Path, level: str) -> logging.Logger:
     return log
 
 
-def _close_log(log: logging.Logger) -> None:
+def close_log(log: logging.Logger) -> None:
+    """Close the files of a log."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()

@@ -9,10 +9,13 @@ What was requested is hashed, never what `auto` resolved to. This module imports
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from headrace.artifacts.files import hash_file
 from headrace.config.compose import to_dict
 from headrace.config.schema import Config
+from headrace.errors import UserError
 
 MACHINE_GROUPS = ("parallel", "launch", "checkpoint", "tracking", "paths")
 """Groups that describe the machine; no stage may hash them, every stage may read them."""
@@ -78,6 +81,8 @@ def slices(config: Config, sources: str) -> dict[str, dict[str, Any]]:
         values = {key: tree[key] for key in stage.keys}
         if stage.name == "corpus":
             values["sources"] = sources
+        if stage.name == "tokenizer" and config.tokenizer.path:
+            values["sources"] = tokenizer_files(Path(config.tokenizer.path))
         result[stage.name] = {
             "stage": stage.name,
             "version": stage.version,
@@ -85,6 +90,14 @@ def slices(config: Config, sources: str) -> dict[str, dict[str, Any]]:
             "parents": {parent: fingerprint(result[parent]) for parent in stage.parents},
         }
     return result
+
+
+def tokenizer_files(path: Path) -> dict[str, str]:
+    """Hashes of a tokenizer.json and of the tokenizer_config.json beside it: the path alone names no content."""
+    if not path.is_file():
+        raise UserError(f"tokenizer.path={path}: no such file")
+    files = [path, path.with_name("tokenizer_config.json")]
+    return {file.name: hash_file(file, "sha256") for file in files if file.is_file()}
 
 
 def fingerprint(stage_slice: dict[str, Any]) -> str:

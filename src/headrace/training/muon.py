@@ -25,7 +25,7 @@ from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-_TINY = 1e-7  # keeps an all-zero gradient (an expert without tokens) at zero
+_TINY = 1e-7  # keeps an all-zero momentum at zero; an idle expert goes on along its old momentum while that lasts
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -83,10 +83,13 @@ def resume(
     return Counters(**state["counters"]), History(state["history"])
 
 
-def begin_from(source: Checkpoint, model: Stateful, optimizer: Optimizer) -> Counters:
-    """Start a new run from another run's checkpoint: its weights, moments and data position; step and history anew."""
+def begin_from(source: Checkpoint, model: Stateful, optimizer: Optimizer, same_rows: bool) -> Counters:
+    """Start a new run from another run's checkpoint: its weights and moments; step and history anew.
+
+    The position in the data is taken over where both read the `same_rows`, else reading starts at the beginning.
+    """
     _read_tensors(source, model, optimizer)
-    position = int(source.state["counters"]["position"])
+    position = int(source.state["counters"]["position"]) if same_rows else 0
     return Counters(position=position, first_position=position)
 
 

@@ -12,10 +12,11 @@ the newest whole checkpoint, so a run that was killed any number of times ends b
 same machine and number of threads given). Only measured speeds differ.
 
 `train.from` starts a new run from another run's checkpoint: weights, biases, moments and the count of optimizer
-updates are taken over, and the position in the data, so that no row is read again before its epoch is over. Step and
-tokens start at 0, since the schedule is this run's own.
+updates are taken over, and the position in the data where both runs read the same rows, so that no row is read again
+before its epoch is over. Step and tokens start at 0, since the schedule is this run's own.
 
-On CUDA the host waits for the device once a step, when the losses are read (and when metrics are due).
+On CUDA the loop itself waits for the device once a step, when the losses are read (and when metrics are due); each
+layer with experts waits once more, for its counts.
 """
 
 import math
@@ -87,6 +88,7 @@ class Place:
     device: torch.device
     flops_per_token: float  # model FLOPs of forward and backward, for MFU
     source: Path | None  # train.from: the folder of another run's checkpoint
+    same_rows: bool = False  # whether that run read the same rows in the same order, so that this one goes on behind
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ class Trainer:
             return
         torch.manual_seed(self._config.seed.init)
         if place.source:
-            self._counters = begin_from(load(place.source), self._model, self._optimizer)
+            self._counters = begin_from(load(place.source), self._model, self._optimizer, place.same_rows)
             logger.info("starting from %s, at row %d of the data", place.source, self._counters.position)
 
     def _train(self) -> Outcome:
@@ -280,16 +282,21 @@ class Trainer:
     def _report(self, plan: Step, figures: _Figures) -> None:
         step, steps = self._counters.step, self._schedule.steps
         tokens, speed = self._schedule.tokens_after(step), self._window[0] / self._window[1]
+        # What the artifact records must not depend on how often somebody wants to be told.
+        recorded = figures.finite and wants_load(step, steps)
+        told = figures.finite and (step in (1, steps) or step % self._config.tracking.log_every == 0)
         metrics: dict[str, float] = {}
-        if figures.finite and (step in (1, steps) or step % self._config.tracking.log_every == 0):
+        if recorded or told:
             metrics |= self._training_metrics(plan, figures, speed)
             self._window = (0, 0.0)
+        validated: dict[str, float] = {}
         if step == steps or step % self._config.train.validate_every == 0:
-            metrics |= self._validation_metrics()
-        if metrics:
-            self._history.add(step, tokens, metrics)
-            self._watch.tracker.log(step, {"tokens": tokens, **metrics, **self._violations(figures)})
-        if figures.finite and wants_load(step, steps):
+            validated = self._finite(self._validation_metrics())
+        if recorded or validated:
+            self._history.add(step, tokens, {**(metrics if recorded else {}), **validated})
+        if told or validated:
+            self._watch.tracker.log(step, {"tokens": tokens, **metrics, **validated, **self._violations(figures)})
+        if recorded:
             self._history.add_load(step, figures.counts.tolist())
         self._watch.progress.update(step, steps, tokens, {"loss": figures.loss, "tokens_per_second": speed})
 
@@ -321,6 +328,13 @@ class Trainer:
             "validation_mtp_loss": measured.mtp.item(),
             **({"validation_maxvio": sum(violations) / len(violations)} if violations else {}),
         }
+
+    def _finite(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Without values that no JSON can hold; the log names what is left out."""
+        kept = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if len(kept) < len(metrics):
+            self._watch.logger.warning("not finite, left out: %s", sorted(metrics.keys() - kept.keys()))
+        return kept
 
     def _save(self) -> None:
         counters, place, settings = self._counters, self._place, self._config.checkpoint
