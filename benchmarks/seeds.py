@@ -5,6 +5,7 @@ model is paired over held-out documents, with its 95 % interval; the bigram mode
 run read.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 
 
-def evaluated(seed: int) -> dict:
+def evaluated(seed: int, experiment: str) -> dict:
     """Bits per byte of one seed's run, made where it is missing."""
-    settings = f"seed.init={seed} seed.data={seed}"
+    settings = f"experiment={experiment} seed.init={seed} seed.data={seed}"
     command = [sys.executable, "-m", "snakemake", "evaluate", "--config", f"set={settings}"]
     subprocess.run(command, cwd=ROOT, check=True)
     place = ROOT / Graph({"set": settings}, check_sources=False).places["evaluate"].artifact
@@ -27,10 +28,13 @@ def evaluated(seed: int) -> dict:
 
 def main() -> None:
     """Print a table, and one JSON object as the last line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experiment", default="demo")
+    experiment = parser.parse_args().experiment
     rows = []
     print(f"{'seed':<6}{'model':>8}{'bigram':>8}{'trigram':>8}{'xz -9':>8}  model - bigram")
     for seed in SEEDS:
-        found = evaluated(seed)
+        found = evaluated(seed, experiment)
         models = {name: entry["value"] for name, entry in found["models"].items()}
         paired = found["paired"]["bigram"]
         print(
