@@ -24,7 +24,7 @@ def constraints() -> dict[str, str]:
 def direct_dependencies() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     words = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    return {normal(re.split(r"[=<>~! \[]", word)[0]) for word in words}
+    return {normal(re.split(r"[=<>~!; \[]", word)[0]) for word in words}
 
 
 def test_environment_yml_mirrors_the_constraints() -> None:

@@ -112,7 +112,8 @@ def _in_hydras_words(value: Any) -> str:
     text = str(value)
     if re.fullmatch(r"[\w.@%+/-]+", text, re.ASCII) or text.startswith("["):
         return text
-    escaped = text.replace("'", "\\'")
+    # In Hydra's grammar backslashes count only before a quote, where each must be doubled.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
 
 

@@ -35,6 +35,9 @@ TokenSpan = Annotated[int | str, AfterValidator(_check_span)]
 """A number of tokens, or a share of `recipe.tokens` written as '60%'."""
 
 
+ScaleFormat = Literal["fp32", "power_of_two"]
+
+
 @dataclass(frozen=True)
 class SeedConfig:
     """Seeds: `init` draws the weights, `data` orders the rows."""
@@ -130,11 +133,43 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class PrecisionConfig:
-    """What runs in which format. Master weights and gradients are always FP32."""
+class Fp8Config:
+    """FP8 matrix multiplications (report, section 3.3): tiles, scales, accumulation, caches. Values are E4M3."""
 
     __pydantic_config__ = _CLOSED
-    compute: Literal["fp32", "bf16"]  # matrix multiplications and activations
+    backend: Literal["auto", "reference", "triton", "scaled_mm", "gluon", "deep_gemm"]
+    activation_tile: Literal["1x128", "tensor"]  # what shares a scale in activations
+    gradient_tile: Literal["1x128", "128x128", "tensor"]  # and in gradients of activations; 128x1 for weight gradients
+    weight_tile: Literal["128x128", "tensor"]
+    scales: ScaleFormat  # of activations, gradients and weights where nothing else is said
+    dispatched_scales: ScaleFormat  # of what is sent to experts, and of gradients before their down projection
+    transposed_scales: ScaleFormat  # of 128x1 tiles made from cached 1x128 ones
+    attention_output_cache: Literal[
+        "e5m6", "e4m3", "bf16"
+    ]  # input of the projection after attention, kept for backward
+    mtp_projection: Literal["compute", "fp8"]  # eh_proj; the released checkpoint keeps it in BF16
+    accumulation: Literal["fp32", "hopper"]  # hopper: 14-bit accumulators, emulated (back end reference only)
+    promotion: bool  # accumulation=hopper: partial sums go to FP32 every 128 elements
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """What the backward pass computes again instead of keeping (report, section 3.2.3)."""
+
+    __pydantic_config__ = _CLOSED
+    norms: bool  # outputs of RMSNorm
+    up_projections: bool  # queries, keys and values of MLA
+    swiglu: bool  # output of SwiGLU
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """What runs in which format. Master weights and gradients are always FP32, as is the router."""
+
+    __pydantic_config__ = _CLOSED
+    compute: Literal["fp32", "bf16"]  # activations, and matrix multiplications that are not in FP8
+    fp8: Fp8Config | None  # null: no FP8
+    recompute: RecomputeConfig
     optimizer_moments: Literal["fp32", "bf16"]
 
 
@@ -224,9 +259,24 @@ class ConvertConfig:
     """Training checkpoint to Hub folder."""
 
     __pydantic_config__ = _CLOSED
-    dtype: Literal["bf16", "fp32"]
+    dtype: Literal["fp8", "bf16", "fp32"]
+    unaligned: Literal["deepseek", "bf16"]  # dtype=fp8: matrices that are no multiples of 128
     step: Positive | None  # which kept checkpoint; null takes the last
     max_shard_bytes: Positive
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """precision_study: FP8 against BF16 with paired seeds, and ablations (report, section 3.3 and appendix B)."""
+
+    __pydantic_config__ = _CLOSED
+    baseline: PrecisionConfig
+    candidate: PrecisionConfig  # differs from the baseline by its FP8
+    pairs: Annotated[int, Field(ge=2)]  # seeds; each trains baseline and candidate
+    tokens: Positive  # budget of each run
+    ablations: tuple[Literal["no_promotion", "per_tensor", "block_gradients"], ...]  # changes to the candidate
+    smoothing: Fraction  # of the exponential moving average over loss curves
+    in_report: bool  # the report waits for the study and shows it
 
 
 @dataclass(frozen=True)
@@ -321,6 +371,7 @@ class Config:
     precision: PrecisionConfig
     recipe: RecipeConfig
     train: TrainConfig
+    study: StudyConfig
     convert: ConvertConfig
     evaluate: EvaluateConfig
     publish: PublishConfig
