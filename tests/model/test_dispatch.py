@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from headrace.fp8.gemms import PlainGemms
 from headrace.model.dispatch import LocalDispatcher
 from headrace.model.router import Routing
 
@@ -14,11 +15,12 @@ def _routing(tokens, experts, chosen):
     return Routing(indices, weights, torch.empty(0), torch.bincount(indices.flatten(), minlength=experts))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_sorted_by_expert_and_come_back_to_their_tokens(dtype):
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_rows_are_sorted_by_expert_and_come_back_to_their_tokens(compute):
+    dispatcher, dtype = LocalDispatcher(PlainGemms(compute)), PlainGemms(compute).dtype
     routing = _routing(tokens=50, experts=7, chosen=3)  # the last expert gets nothing
     x = torch.randint(-8, 8, (50, 4)).to(dtype).requires_grad_()  # small integers: sums are exact in BF16 too
-    sent = LocalDispatcher().dispatch(x, routing)
+    sent = dispatcher.dispatch(x, routing)
     multiple = 1 if dtype == torch.float32 else 32
     assert sent.counts == [-(-count // multiple) * multiple for count in routing.counts_E.tolist()]
     start, seen = 0, []
@@ -27,13 +29,13 @@ def test_rows_are_sorted_by_expert_and_come_back_to_their_tokens(dtype):
         real = [(t, k) for t in range(50) for k in range(3) if routing.experts_NK[t, k] == expert]
         filled = sent.weights_S[rows].tolist()
         assert filled == [routing.weights_NK[t, k].item() for t, k in real] + [0.0] * (count - len(real))
-        assert torch.equal(sent.rows_SD[rows][: len(real)], x[[t for t, _ in real]])
+        assert torch.equal(sent.operand[rows][: len(real)], x[[t for t, _ in real]])
         seen += real
         start += count
     assert len(seen) == 150
     assert start == sent.rows_SD.shape[0]
 
-    back = LocalDispatcher().combine(sent.rows_SD, sent)
+    back = dispatcher.combine(sent.rows_SD + sent.operand, sent)  # rows_SD is all zeros and carries the gradient
     assert torch.equal(back, 3 * x)
     back.backward(torch.ones_like(back))
     assert torch.equal(x.grad, torch.full_like(x, 3))

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
+from headrace.model.dispatch import Dispatched
 from headrace.model.experts import DenseFeedForward, Experts
 
 COUNTS = [40, 0, 7, 300, 1]
@@ -24,14 +26,16 @@ def _reference(x, weights, counts, gate, up, down):
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_value_and_every_gradient(compute, deferred):
     torch.manual_seed(0)
-    experts = Experts(len(COUNTS), 24, 640, compute, WeightGradientStore())  # wide enough for several blocks of rows
+    experts = Experts(
+        len(COUNTS), 24, 640, Numerics(compute), WeightGradientStore()
+    )  # wide enough for several blocks of rows
     parameters = [experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight]
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.2)
     dtype = experts.gate_proj.dtype
     x, dy = torch.randn(sum(COUNTS), 24).to(dtype).requires_grad_(), torch.randn(sum(COUNTS), 24).to(dtype)
     weights = torch.rand(sum(COUNTS), requires_grad=True)
-    y = experts(x, weights, COUNTS)
+    y = experts(Dispatched(x, x.detach(), weights, COUNTS, torch.empty(0), torch.empty(0)))
     if deferred:
         with experts.gate_proj.store.deferred():
             y.backward(dy)
@@ -52,7 +56,7 @@ def test_value_and_every_gradient(compute, deferred):
 
 def test_dense_network_is_the_same_function_with_one_group():
     torch.manual_seed(0)
-    dense = DenseFeedForward(8, 12, "fp32", WeightGradientStore())
+    dense = DenseFeedForward(8, 12, Numerics("fp32"), WeightGradientStore())
     for parameter in dense.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(5, 8, requires_grad=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import transformers_peer as peers
+from headrace.fp8.gemms import PlainGemms
 from headrace.model import rope
 from headrace.model.dispatch import LocalDispatcher
 from headrace.model.transformer import Transformer
@@ -49,7 +50,7 @@ def test_the_dispatcher_handed_in_is_used():
             return super().combine(rows_SD, dispatched)
 
     config = peers.random_config(4)
-    model = Transformer(config, "fp32", dispatcher=Recording())
+    model = Transformer(config, "fp32", dispatcher=Recording(PlainGemms("fp32")))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model(torch.zeros(1, 3, dtype=torch.int64))

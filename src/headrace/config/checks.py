@@ -4,7 +4,7 @@
 once. The router's conditions are those under which group-limited top-k is defined (report, section 2.1.2).
 """
 
-from headrace.config.schema import Config, ModelConfig, RecipeConfig, TokenSpan
+from headrace.config.schema import Config, Fp8Config, ModelConfig, RecipeConfig, TokenSpan
 
 
 def problems(config: Config) -> list[str]:
@@ -12,6 +12,8 @@ def problems(config: Config) -> list[str]:
     return [
         *model_problems(config.model),
         *_recipe(config.recipe),
+        *_precision(config.precision.fp8, "precision.fp8"),
+        *_precision(config.study.candidate.fp8, "study.candidate.fp8"),
         *_across_groups(config),
         *_layout(config),
     ]
@@ -87,6 +89,23 @@ def _recipe(recipe: RecipeConfig) -> list[str]:
         )
     if rate.final > rate.peak:
         wrong.append(f"recipe.learning_rate.final={rate.final} exceeds recipe.learning_rate.peak={rate.peak}")
+    return wrong
+
+
+def published_tiles(fp8: Fp8Config) -> bool:
+    """Whether tiles and accumulation are the report's; every back end but `reference` has only these."""
+    tiles = (fp8.activation_tile, fp8.gradient_tile, fp8.weight_tile)
+    return tiles == ("1x128", "1x128", "128x128") and fp8.accumulation == "fp32"
+
+
+def _precision(fp8: Fp8Config | None, where: str) -> list[str]:
+    if fp8 is None or fp8.backend in ("auto", "reference"):
+        return []
+    wrong = []
+    if not published_tiles(fp8):
+        wrong.append(f"{where}.backend={fp8.backend} has the report's tiles and accumulation only; use reference")
+    if fp8.transposed_scales != "power_of_two":
+        wrong.append(f"{where}.backend={fp8.backend} has {where}.transposed_scales=power_of_two only; use reference")
     return wrong
 
 

@@ -144,9 +144,8 @@ class Fp8Config:
     scales: ScaleFormat  # of activations, gradients and weights where nothing else is said
     dispatched_scales: ScaleFormat  # of what is sent to experts, and of gradients before their down projection
     transposed_scales: ScaleFormat  # of 128x1 tiles made from cached 1x128 ones
-    attention_output_cache: Literal[
-        "e5m6", "e4m3", "bf16"
-    ]  # input of the projection after attention, kept for backward
+    attention_output_cache: Literal["e5m6", "e4m3", "bf16"]  # kept input of the projection after attention
+    swiglu_input_cache: Literal["e4m3", "bf16"]  # gate and up projection, kept for the backward pass
     mtp_projection: Literal["compute", "fp8"]  # eh_proj; the released checkpoint keeps it in BF16
     accumulation: Literal["fp32", "hopper"]  # hopper: 14-bit accumulators, emulated (back end reference only)
     promotion: bool  # accumulation=hopper: partial sums go to FP32 every 128 elements

@@ -25,6 +25,7 @@ class WeightGradientStore:
     def __init__(self) -> None:
         self.generation = 0  # rises whenever weights may be about to change; casts of weights are keyed by it
         self._queue: list[Work] = []
+        self.recomputing = False  # inside a backward pass no weight has changed since its forward pass
         self._deferring = False
         self._accumulating = False
         self._spare: dict[int, Tensor] = {}
@@ -68,6 +69,15 @@ class WeightGradientStore:
             self._accumulating = before
             self.generation += 1
 
+    @contextmanager
+    def recomputation(self) -> Iterator[None]:
+        """Around what a backward pass computes again: gradients written meanwhile announce no optimizer step."""
+        before, self.recomputing = self.recomputing, True
+        try:
+            yield
+        finally:
+            self.recomputing = before
+
     def recycle(self, parameters: Iterable[Parameter]) -> None:
         """`zero_grad` that keeps the memory: gradients become None, and their buffers are overwritten by the next
         backward.
@@ -93,25 +103,3 @@ class WeightGradientStore:
         parameter.grad = spare if fits else torch.empty_like(parameter)
         assert parameter.grad is not None
         return parameter.grad, True
-
-
-def add_product(gradient: Tensor, fresh: bool, left_SO: Tensor, right_SI: Tensor) -> None:
-    """gradient [O, I] (FP32) += left^T right, or = where `fresh`; left and right in the compute dtype.
-
-    BF16 products come out of the GEMM in FP32 on CUDA. The CPU has no such GEMM: there the product of one call is
-    rounded to BF16 once, and the accumulation over calls is FP32.
-    """
-    if left_SO.dtype == torch.float32:
-        if fresh:
-            torch.mm(left_SO.T, right_SI, out=gradient)
-        else:
-            gradient.addmm_(left_SO.T, right_SI)
-        return
-    if left_SO.is_cuda:
-        product = torch.mm(left_SO.T, right_SI, out_dtype=torch.float32)
-    else:
-        product = torch.mm(left_SO.T, right_SI)
-    if fresh:
-        gradient.copy_(product)
-    else:
-        gradient.add_(product)

@@ -5,10 +5,13 @@ back to the full square of scores. Here a block of queries meets only the keys i
 square is never computed, and the softmax is taken over whole rows. On CUDA the values are padded to the keys' width and
 PyTorch's fused attention does the work.
 
-Up to `_KEEP` tokens the probabilities are kept for the backward pass; above, they are computed again.
+Up to `_KEEP` tokens the probabilities are kept for the backward pass; above, they are computed again. Queries, keys and
+values are kept unless the caller says how to compute them `again`.
 Shapes: G = batch * heads, T tokens, Q queries of a block, K keys it sees, D key width, V value width.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,15 +23,56 @@ _BLOCK = 128  # queries per block
 _KEEP = 1024  # tokens
 
 
-def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTV: Tensor) -> Tensor:
-    """softmax(q k^T + causal mask) v as [B, T, H, V]; `q` is already scaled. Softmax and sums in FP32."""
-    if q_BHTD.device.type == "cpu":
-        result: Tensor = _BlockwiseAttention.apply(q_BHTD, k_BHTD, v_BHTV)  # type: ignore[no-untyped-call]
-        return result
-    missing = q_BHTD.shape[-1] - v_BHTV.shape[-1]
-    padded = functional.pad(v_BHTV, (0, missing)) if missing > 0 else v_BHTV
-    out = functional.scaled_dot_product_attention(q_BHTD, k_BHTD, padded, is_causal=True, scale=1.0)
+Expand = Callable[[], tuple[Tensor, Tensor, Tensor]]
+"""Computes queries, keys and values again."""
+
+
+def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTV: Tensor, again: Expand | None = None) -> Tensor:
+    """softmax(q k^T + causal mask) v as [B, T, H, V]; `q` is already scaled. Softmax and sums in FP32.
+
+    With `again` the three are not kept for the backward pass; it must give the same values.
+    """
+    on_cpu = q_BHTD.device.type == "cpu"
+    missing = 0 if on_cpu else max(0, q_BHTD.shape[-1] - v_BHTV.shape[-1])
+    padded = functional.pad(v_BHTV, (0, missing)) if missing else v_BHTV
+    with _Forgotten((q_BHTD, k_BHTD, padded), again, missing).hooks() if again else nullcontext():
+        if on_cpu:
+            result: Tensor = _BlockwiseAttention.apply(q_BHTD, k_BHTD, v_BHTV)  # type: ignore[no-untyped-call]
+            return result
+        out = functional.scaled_dot_product_attention(q_BHTD, k_BHTD, padded, is_causal=True, scale=1.0)
     return out[..., : v_BHTV.shape[-1]].transpose(1, 2)
+
+
+class _Forgotten:
+    """Saved-tensor hooks that replace queries, keys and values by a note which of them it was, and in which view."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], again: Expand, missing: int) -> None:
+        self._which = {tensor.untyped_storage().data_ptr(): index for index, tensor in enumerate(tensors)}
+        self._again, self._missing = again, missing
+        self._restored: tuple[Tensor, ...] = ()
+        self._left = 0
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """The context to run the attention in."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        index = self._which.get(tensor.untyped_storage().data_ptr())
+        return tensor if index is None else (index, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if not self._left:
+            with torch.no_grad():
+                q, k, v = self._again()
+            self._restored, self._left = (q, k, functional.pad(v, (0, self._missing)) if self._missing else v), 3
+        index, shape, stride, offset = packed
+        restored: Tensor = self._restored[index].as_strided(shape, stride, offset)
+        self._left -= 1
+        if not self._left:
+            self._restored = ()
+        return restored
 
 
 def _probabilities(q_GQD: Tensor, k_GKD: Tensor) -> Tensor:

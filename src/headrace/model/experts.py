@@ -5,7 +5,7 @@
 All of them are one autograd function over grouped rows: a dense network is a single group. The routing weight
 multiplies the narrow activations before the down projection, where it costs least and where the report applies it too.
 Like the report (section 3.2.3, "recomputation"), the backward pass computes the SwiGLU output again instead of keeping
-it.
+it, from gate and up projection as they were kept: in FP8 these are rounded (`swiglu_input_cache`).
 
 Both kinds offer the same three steps, `dispatch`, `compute`, `combine`, which a pipeline may interleave.
 Shapes: N tokens, S rows sorted by expert, D model width, I intermediate width, E experts.
@@ -21,8 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from headrace.config.schema import ModelConfig
-from headrace.fp8 import grouped
-from headrace.fp8.linear import Compute, Linear, StackedLinear, Weight
+from headrace.fp8.activations import Activation, Input
+from headrace.fp8.gemms import groups_of
+from headrace.fp8.linear import Linear, StackedLinear, Weight, put_weight_gradient
+from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
 from headrace.model.dispatch import Dispatched, Dispatcher
 from headrace.model.router import Router, Routing
@@ -34,7 +36,7 @@ _BLOCK = 1 << 17  # elements of an activation worked on at a time on the CPU, so
 class FeedForwardInput:
     """What the `dispatch` step hands on: the tokens of this rank, and the rows its experts received."""
 
-    x_ND: Tensor
+    x_ND: Activation
     routing: Routing | None
     dispatched: Dispatched | None
 
@@ -50,17 +52,22 @@ class FeedForwardOutput:
 class DenseFeedForward(nn.Module):
     """One SwiGLU network for all tokens."""
 
-    def __init__(self, width: int, intermediate: int, compute: Compute, store: WeightGradientStore) -> None:
+    def __init__(self, width: int, intermediate: int, numerics: Numerics, store: WeightGradientStore) -> None:
         super().__init__()
-        self.gate_proj = Linear(width, intermediate, compute, store)
-        self.up_proj = Linear(width, intermediate, compute, store)
-        self.down_proj = Linear(intermediate, width, compute, store)
+        self.gate_proj = Linear(width, intermediate, numerics.linear, store)
+        self.up_proj = Linear(width, intermediate, numerics.linear, store)
+        self.down_proj = Linear(intermediate, width, numerics.linear, store)
+        self.keep_hidden = not numerics.recompute.swiglu
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor | Activation) -> Tensor:
         """[N, D] to [N, D]."""
-        return gated_mlp(x_ND, None, [x_ND.shape[0]], self.gate_proj, self.up_proj, self.down_proj)
+        x = Activation.of(x_ND)
+        shared = Input(self.gate_proj.gemms, x, "hidden", users=2)
+        return gated_mlp(
+            x.value, None, [x.value.shape[0]], shared, self.keep_hidden, self.gate_proj, self.up_proj, self.down_proj
+        )
 
-    def dispatch(self, x_ND: Tensor) -> FeedForwardInput:
+    def dispatch(self, x_ND: Activation) -> FeedForwardInput:
         """Nothing to send."""
         return FeedForwardInput(x_ND, None, None)
 
@@ -76,40 +83,53 @@ class DenseFeedForward(nn.Module):
 class Experts(nn.Module):
     """The routed experts of a layer, stacked: weights [E, I, D], [E, I, D], [E, D, I]."""
 
-    def __init__(self, count: int, width: int, intermediate: int, compute: Compute, store: WeightGradientStore) -> None:
+    def __init__(
+        self, count: int, width: int, intermediate: int, numerics: Numerics, store: WeightGradientStore
+    ) -> None:
         super().__init__()
-        self.gate_proj = StackedLinear(count, width, intermediate, compute, store)
-        self.up_proj = StackedLinear(count, width, intermediate, compute, store)
-        self.down_proj = StackedLinear(count, intermediate, width, compute, store)
+        self.gate_proj = StackedLinear(count, width, intermediate, numerics.linear, store)
+        self.up_proj = StackedLinear(count, width, intermediate, numerics.linear, store)
+        self.down_proj = StackedLinear(count, intermediate, width, numerics.linear, store)
+        self.keep_hidden = not numerics.recompute.swiglu
 
-    def forward(self, rows_SD: Tensor, weights_S: Tensor, counts: Sequence[int]) -> Tensor:
-        """Rows sorted by expert, times their routing weights: [S, D]."""
-        return gated_mlp(rows_SD, weights_S, counts, self.gate_proj, self.up_proj, self.down_proj)
+    def forward(self, received: Dispatched) -> Tensor:
+        """Results [S, D] of the rows received, times their routing weights."""
+        shared = Input(self.gate_proj.gemms, Activation(received.rows_SD), "dispatched", users=2, rows=received.operand)
+        return gated_mlp(
+            received.rows_SD,
+            received.weights_S,
+            received.counts,
+            shared,
+            self.keep_hidden,
+            self.gate_proj,
+            self.up_proj,
+            self.down_proj,
+        )
 
 
 class MoeFeedForward(nn.Module):
     """Router, routed experts and shared experts."""
 
     def __init__(
-        self, config: ModelConfig, compute: Compute, store: WeightGradientStore, dispatcher: Dispatcher
+        self, config: ModelConfig, numerics: Numerics, store: WeightGradientStore, dispatcher: Dispatcher
     ) -> None:
         super().__init__()
         width, intermediate = config.hidden_size, config.moe_intermediate_size
         self.gate = Router(config)
-        self.experts = Experts(config.n_routed_experts, width, intermediate, compute, store)
-        self.shared_experts = DenseFeedForward(width, intermediate * config.n_shared_experts, compute, store)
+        self.experts = Experts(config.n_routed_experts, width, intermediate, numerics, store)
+        self.shared_experts = DenseFeedForward(width, intermediate * config.n_shared_experts, numerics, store)
         self.dispatcher = dispatcher
 
-    def dispatch(self, x_ND: Tensor) -> FeedForwardInput:
+    def dispatch(self, x_ND: Activation) -> FeedForwardInput:
         """Route every token and send it to its experts."""
         routing = self.gate(x_ND)
-        return FeedForwardInput(x_ND, routing, self.dispatcher.dispatch(x_ND, routing))
+        return FeedForwardInput(x_ND, routing, self.dispatcher.dispatch(x_ND.value, routing))
 
     def compute(self, given: FeedForwardInput) -> FeedForwardOutput:
         """Routed experts on the rows received, shared experts on this rank's own tokens."""
         assert given.dispatched is not None
         received = given.dispatched
-        rows_SD = self.experts(received.rows_SD, received.weights_S, received.counts)
+        rows_SD = self.experts(received)
         return FeedForwardOutput(self.shared_experts(given.x_ND), rows_SD)
 
     def combine(self, given: FeedForwardInput, out: FeedForwardOutput) -> Tensor:
@@ -120,13 +140,23 @@ class MoeFeedForward(nn.Module):
 
 
 def gated_mlp(
-    rows_SD: Tensor, weights_S: Tensor | None, counts: Sequence[int], gate: Weight, up: Weight, down: Weight
+    rows_SD: Tensor,
+    weights_S: Tensor | None,
+    counts: Sequence[int],
+    given: Input,
+    keep_hidden: bool,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
 ) -> Tensor:
     """(silu(x W_gate^T) * x W_up^T * w) W_down^T by groups of rows, [S, D] in the compute dtype.
 
     `counts` are the rows of each group (one group for ordinary linear layers); `weights_S` FP32, or None for w = 1.
+    `given` is the `Input` made of `rows_SD` for two users; `rows_SD` itself only carries the gradient. `keep_hidden`
+    keeps SwiGLU's output instead of computing it again.
     """
-    result: Tensor = _GatedMlp.apply(rows_SD, weights_S, counts, (gate, up, down), gate.weight, up.weight, down.weight)  # type: ignore[no-untyped-call]
+    settings = (counts, given, keep_hidden, (gate, up, down))
+    result: Tensor = _GatedMlp.apply(rows_SD, weights_S, settings, gate.weight, up.weight, down.weight)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -136,36 +166,50 @@ class _GatedMlp(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weights: Tensor | None,
-        counts: Sequence[int],
-        layers: tuple[Weight, Weight, Weight],
-        *parameters: nn.Parameter,  # so that autograd knows about them; used through `layers`
+        settings: tuple[Sequence[int], Input, bool, tuple[Weight, Weight, Weight]],
+        *parameters: nn.Parameter,  # so that autograd knows about them; used through `settings`
     ) -> Tensor:
-        groups = grouped.groups_of(counts)
-        w_gate, w_up, w_down = (_stacked(layer.computed()) for layer in layers)
-        gate, up = grouped.forward(x, w_gate, groups), grouped.forward(x, w_up, groups)
-        column = None if weights is None else weights.detach().to(x.dtype)[:, None]
-        ctx.save_for_backward(x, column, gate, up, w_gate, w_up, w_down)
-        ctx.groups, ctx.layers = groups, layers
-        return grouped.forward(_swiglu(gate, up, column), w_down, groups)
+        counts, given, keep_hidden, layers = settings
+        groups, gemms = groups_of(counts), layers[0].gemms
+        w_gate, w_up, w_down = (layer.operand() for layer in layers)
+        gate, up = gemms.forward(given.rows, w_gate, groups), gemms.forward(given.rows, w_up, groups)
+        column = None if weights is None else weights.detach().to(gate.dtype)[:, None]
+        hidden_SI = _swiglu(gate, up, column)
+        rows = gemms.rows(hidden_SI, "swiglu")
+        parts = (
+            w_gate, w_up, w_down, given.kept, gemms.keep_elementwise(gate), gemms.keep_elementwise(up),
+            gemms.keep(hidden_SI, rows, "swiglu") if keep_hidden else (), () if column is None else (column,),
+        )  # fmt: skip
+        ctx.save_for_backward(*(tensor for part in parts for tensor in part))
+        ctx.lengths = [len(part) for part in parts]
+        ctx.groups, ctx.layers, ctx.later = groups, layers, given.later
+        return gemms.forward(rows, w_down, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, column, gate, up, w_gate, w_up, w_down = ctx.saved_tensors
+        saved = iter(ctx.saved_tensors)
+        parts = [tuple(next(saved) for _ in range(length)) for length in ctx.lengths]
+        w_gate, w_up, w_down, kept, gate, up, kept_hidden, column = parts
         layer_gate, layer_up, layer_down = ctx.layers
-        groups, dy = ctx.groups, dy.contiguous()
-        dhidden = grouped.input_gradient(dy, w_down, groups)
-        hidden, dgate, dup, dweights = _swiglu_backward(dhidden, gate, up, column)
-        grouped.put_weight_gradient(layer_down.store, layer_down.weight, dy, hidden, groups)
-        dx = grouped.input_gradient(dgate, w_gate, groups)
-        dx = grouped.input_gradient(dup, w_up, groups, add_to=dx)
-        grouped.put_weight_gradient(layer_gate.store, layer_gate.weight, dgate, x, groups)
-        grouped.put_weight_gradient(layer_up.store, layer_up.weight, dup, x, groups)
-        return dx, dweights, None, None, None, None, None
+        groups, later, gemms = ctx.groups, ctx.later, layer_gate.gemms
 
+        dy_rows, dy_columns = gemms.gradient(dy.contiguous(), "swiglu")
+        dhidden = gemms.input_gradient(dy_rows, w_down, groups)
+        hidden, dgate, dup, dweights = _swiglu_backward(
+            dhidden, gemms.restore_elementwise(gate), gemms.restore_elementwise(up), column[0] if column else None
+        )
+        kept_hidden = kept_hidden or gemms.keep(hidden, gemms.rows(hidden, "swiglu"), "swiglu")
+        put_weight_gradient(layer_down, dy_columns, lambda: gemms.columns(kept_hidden, "swiglu"), groups)
 
-def _stacked(weight: Tensor) -> Tensor:
-    return weight if weight.dim() == 3 else weight[None]
+        role = later.role
+        gate_rows, gate_columns = gemms.gradient(dgate, role)
+        dx = gemms.input_gradient(gate_rows, w_gate, groups)
+        put_weight_gradient(layer_gate, gate_columns, lambda: later.columns(kept), groups)
+        up_rows, up_columns = gemms.gradient(dup, role)
+        dx = gemms.input_gradient(up_rows, w_up, groups, add_to=dx)
+        put_weight_gradient(layer_up, up_columns, lambda: later.columns(kept), groups)
+        return dx, dweights, None, None, None, None
 
 
 def _swiglu(gate: Tensor, up: Tensor, column: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from headrace.config.schema import ModelConfig
-from headrace.fp8.linear import Compute
+from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
 from headrace.model.attention import LatentAttention
 from headrace.model.dispatch import Dispatcher
@@ -36,27 +36,28 @@ class Layer(nn.Module):
     """Layer number `index`: dense below `first_k_dense_replace`, else a mixture of experts."""
 
     def __init__(
-        self, config: ModelConfig, index: int, compute: Compute, store: WeightGradientStore, dispatcher: Dispatcher
+        self, config: ModelConfig, index: int, numerics: Numerics, store: WeightGradientStore, dispatcher: Dispatcher
     ) -> None:
         super().__init__()
-        self.self_attn = LatentAttention(config, compute, store)
+        self.again = numerics.recompute.norms
+        self.self_attn = LatentAttention(config, numerics, store)
         self.mlp: DenseFeedForward | MoeFeedForward
         if index < config.first_k_dense_replace:
-            self.mlp = DenseFeedForward(config.hidden_size, config.intermediate_size, compute, store)
+            self.mlp = DenseFeedForward(config.hidden_size, config.intermediate_size, numerics, store)
         else:
-            self.mlp = MoeFeedForward(config, compute, store, dispatcher)
+            self.mlp = MoeFeedForward(config, numerics, store, dispatcher)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def attention(self, hidden_BTD: Tensor, rotation: Rotation) -> Tensor:
         """Step 1: hidden states [B, T, D] plus attention's output."""
-        attended: Tensor = self.self_attn(self.input_layernorm(hidden_BTD), rotation)
+        attended: Tensor = self.self_attn(self.input_layernorm.normalise(hidden_BTD, self.again), rotation)
         return hidden_BTD + attended
 
     def dispatch(self, hidden_BTD: Tensor) -> LayerState:
         """Step 2: normalise, route, and send to the experts."""
-        x_ND = self.post_attention_layernorm(hidden_BTD).flatten(0, 1)
-        return LayerState(hidden_BTD, self.mlp.dispatch(x_ND))
+        x = self.post_attention_layernorm.normalise(hidden_BTD, self.again)
+        return LayerState(hidden_BTD, self.mlp.dispatch(x.flatten()))
 
     def experts(self, state: LayerState) -> FeedForwardOutput:
         """Step 3: the feed-forward computation on this rank."""

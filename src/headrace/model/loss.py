@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from headrace.fp8.linear import Linear, put_weight_gradient
+from headrace.fp8.linear import Linear, one_group, put_weight_gradient
 
 _ROWS = 64  # rows turned at a time on the CPU
 _CHUNK = 1024  # tokens whose logits exist at a time without gradients
@@ -63,5 +63,6 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None]:
         hidden, computed, dlogits = ctx.saved_tensors
         dhidden = torch.mm(dlogits, computed) * dloss
-        put_weight_gradient(ctx.head.store, ctx.head.weight, dlogits, hidden * dloss.to(hidden.dtype))
+        scaled = hidden * dloss.to(hidden.dtype)
+        put_weight_gradient(ctx.head, dlogits, lambda: scaled, one_group(hidden))
         return dhidden.to(hidden.dtype), None, None, None

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from headrace.config.schema import ModelConfig
-from headrace.fp8.linear import Compute, Linear
+from headrace.fp8.linear import Linear
+from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
 from headrace.model.dispatch import Dispatcher
 from headrace.model.layer import Layer
@@ -32,12 +33,12 @@ class MtpLayer(Layer):
     """A mixture-of-experts layer with what joins it to the main model."""
 
     def __init__(
-        self, config: ModelConfig, compute: Compute, store: WeightGradientStore, dispatcher: Dispatcher
+        self, config: ModelConfig, numerics: Numerics, store: WeightGradientStore, dispatcher: Dispatcher
     ) -> None:
-        super().__init__(config, config.first_k_dense_replace, compute, store, dispatcher)
+        super().__init__(config, config.first_k_dense_replace, numerics, store, dispatcher)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, compute, store)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, numerics.mtp_projection, store)
         self.shared_head = SharedHead(config)
 
     def join(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:

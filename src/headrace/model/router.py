@@ -15,12 +15,14 @@ Shapes: N tokens, D model width, E experts, K experts per token, B sequences, T 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
 from headrace.config.schema import ModelConfig
+from headrace.fp8.activations import Activation
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.experts, config.hidden_size, dtype=torch.float32))
         self.register_buffer("e_score_correction_bias", torch.zeros(self.experts, dtype=torch.float32))
 
-    def forward(self, x_ND: Tensor) -> Routing:
+    def forward(self, x_ND: Tensor | Activation) -> Routing:
         """Route normalised hidden states [N, D] of any float dtype."""
-        scores_NE = functional.linear(x_ND.float(), self.weight).sigmoid()
+        given = Activation.of(x_ND)
+        scores_NE = _RouterLogits.apply(given.value, self.weight, given).sigmoid()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             experts_NK = self.select(scores_NE)
             counts_E = torch.bincount(experts_NK.flatten(), minlength=self.experts)
@@ -73,6 +76,23 @@ class Router(nn.Module):
         counts = counts_E.to(self.e_score_correction_bias.device)
         below_mean = (counts.sum() - counts * self.experts).sign()  # in integers, so that the sign is exact
         self.e_score_correction_bias += speed * below_mean
+
+
+class _RouterLogits(torch.autograd.Function):
+    """x W^T in FP32. Keeps x as it is or not at all, where autograd would keep a copy in FP32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, given: Activation) -> Tensor:
+        ctx.save_for_backward(weight, *(given.again.tensors if given.again else (x,)))
+        ctx.function, ctx.shape, ctx.dtype = given.again.function if given.again else None, x.shape, x.dtype
+        return x.float() @ weight.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, *kept = ctx.saved_tensors
+        x = kept[0] if ctx.function is None else ctx.function(*kept).view(ctx.shape)
+        return (dlogits @ weight).to(ctx.dtype), dlogits.T @ x.float(), None
 
 
 def balance_loss(scores_BTE: Tensor, chosen: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The whole network: embedding, layers, final norm, head, and the multi-token-prediction layer behind them.
 
 Parameters are FP32 and are named as in the Hub checkpoint (experts of a layer stacked); activations are FP32 or BF16 as
-`compute` says. The router, the norms' arithmetic and the log-softmax are FP32 in either case.
+`numerics` say, GEMMs inside the layers may be FP8. Embedding and head never are; the router, the norms' arithmetic and
+the log-softmax are FP32 in any case.
 Shapes: B batch, T tokens, N = B * T, D model width, V vocabulary, L layers with experts, E experts.
 """
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from headrace.config.schema import ModelConfig
-from headrace.fp8.linear import Compute, Linear, dtype_of
+from headrace.fp8.gemms import Compute
+from headrace.fp8.linear import Linear
+from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
 from headrace.model import rope
 from headrace.model.dispatch import Dispatcher, LocalDispatcher
@@ -39,10 +42,10 @@ class Losses:
 class Embedding(nn.Module):
     """Token embedding; the gradient is added into the rows used, in FP32, without a table of zeros per call."""
 
-    def __init__(self, vocabulary: int, width: int, compute: Compute, store: WeightGradientStore) -> None:
+    def __init__(self, vocabulary: int, width: int, numerics: Numerics, store: WeightGradientStore) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width, dtype=torch.float32))
-        self.dtype, self.store = dtype_of(compute), store
+        self.dtype, self.store = numerics.dtype, store
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [...] to [..., D] in the compute dtype."""
@@ -75,15 +78,15 @@ class Backbone(nn.Module):
     """Embedding, layers and final norm; with MTP the last of `layers` is the MTP layer."""
 
     def __init__(
-        self, config: ModelConfig, compute: Compute, store: WeightGradientStore, dispatcher: Dispatcher
+        self, config: ModelConfig, numerics: Numerics, store: WeightGradientStore, dispatcher: Dispatcher
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, compute, store)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, numerics, store)
         layers: list[Layer] = [
-            Layer(config, index, compute, store, dispatcher) for index in range(config.num_hidden_layers)
+            Layer(config, index, numerics, store, dispatcher) for index in range(config.num_hidden_layers)
         ]
         if config.num_nextn_predict_layers:
-            layers.append(MtpLayer(config, compute, store, dispatcher))
+            layers.append(MtpLayer(config, numerics, store, dispatcher))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -99,15 +102,16 @@ class Transformer(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        compute: Compute,
+        numerics: Numerics | Compute,
         store: WeightGradientStore | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.compute = config, compute
+        numerics = Numerics.of(numerics)
+        self.config, self.numerics = config, numerics
         self.store = store or WeightGradientStore()
-        self.model = Backbone(config, compute, self.store, dispatcher or LocalDispatcher())
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, compute, self.store)
+        self.model = Backbone(config, numerics, self.store, dispatcher or LocalDispatcher(numerics.linear))
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, numerics.plain, self.store)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Next-token logits [B, T, V], FP32."""

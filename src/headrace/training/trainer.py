@@ -33,6 +33,7 @@ from torch import Tensor
 from headrace.checkpoint.retain import retain
 from headrace.checkpoint.store import load, newest_valid, save
 from headrace.config.schema import Config, ModelConfig
+from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
 from headrace.model.initialisation import initialise
 from headrace.model.transformer import Transformer
@@ -127,8 +128,9 @@ class _Figures:
 
 def build_model(config: Config, device: torch.device) -> Transformer:
     """The model of `config` on `device`, its weights drawn from `seed.init`."""
+    numerics = Numerics.resolve(config.precision, device)
     with device:
-        model = Transformer(config.model, config.precision.compute)
+        model = Transformer(config.model, numerics)
     initialise(model, config.model, config.seed.init)
     return model
 

@@ -1,10 +1,11 @@
-"""Grouped GEMMs against one float64 product per row."""
+"""Plain GEMMs, grouped: against one float64 product per row."""
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from headrace.fp8 import grouped
+from headrace.fp8.gemms import PlainGemms, add_product, groups_of
+from headrace.fp8.linear import StackedLinear, put_weight_gradient
 from headrace.fp8.weight_gradients import WeightGradientStore
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 9, 0], [9, 0, 0, 0], [0, 4, 0, 5]]
@@ -15,26 +16,37 @@ def test_forward_and_both_gradients(counts):
     torch.manual_seed(0)
     rows, inputs, outputs = sum(counts), 7, 5
     x, dy = torch.randn(rows, inputs), torch.randn(rows, outputs)
-    weight = Parameter(torch.randn(len(counts), outputs, inputs))
+    store, gemms = WeightGradientStore(), PlainGemms("fp32")
+    layer = StackedLinear(len(counts), inputs, outputs, gemms, store)
+    weight = torch.nn.init.normal_(layer.weight)
     group_of_row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     per_row = weight.detach().double()[group_of_row]
-    groups = grouped.groups_of(counts)
+    groups = groups_of(counts)
 
-    y = grouped.forward(x, weight.detach(), groups)
+    y = gemms.forward(x, layer.operand(), groups)
     torch.testing.assert_close(y.double(), torch.einsum("soi,si->so", per_row, x.double()), rtol=1e-5, atol=1e-5)
     expected_dx = torch.einsum("soi,so->si", per_row, dy.double())
-    dx = grouped.input_gradient(dy, weight.detach(), groups)
+    dx = gemms.input_gradient(dy, layer.operand(), groups)
     torch.testing.assert_close(dx.double(), expected_dx, rtol=1e-5, atol=1e-5)
-    dx = grouped.input_gradient(dy, weight.detach(), groups, add_to=dx)
+    dx = gemms.input_gradient(dy, layer.operand(), groups, add_to=dx)
     torch.testing.assert_close(dx.double(), 2 * expected_dx, rtol=1e-5, atol=1e-5)
 
     expected_dw = torch.zeros(weight.shape, dtype=torch.float64)
     expected_dw.index_add_(0, group_of_row, torch.einsum("so,si->soi", dy.double(), x.double()))
-    store = WeightGradientStore()
     for times in (1, 2):
-        grouped.put_weight_gradient(store, weight, dy, x, groups)
+        put_weight_gradient(layer, dy, lambda: x, groups)
         torch.testing.assert_close(weight.grad.double(), times * expected_dw, rtol=1e-5, atol=1e-5)
     # A recycled buffer holds old numbers: the slices of groups without rows must come out as zeros again.
     store.recycle([weight])
-    grouped.put_weight_gradient(store, weight, dy, x, groups)
+    put_weight_gradient(layer, dy, lambda: x, groups)
     torch.testing.assert_close(weight.grad.double(), expected_dw, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_products_accumulate_in_fp32():
+    store, parameter = WeightGradientStore(), Parameter(torch.zeros(1, 1))
+    one, tiny = torch.ones(1, 1).bfloat16(), torch.full((1, 1), 2.0**-10).bfloat16()
+    add_product(*store.gradient(parameter), one, one)
+    for _ in range(4):
+        add_product(*store.gradient(parameter), one, tiny)
+    assert parameter.grad.dtype == torch.float32
+    assert parameter.grad.item() == 1 + 4 * 2.0**-10  # in BF16 each addition would round back to 1
