@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake
 
-.PHONY: run setup test test-fast test-faults lint format bench-train bench-overhead bench-seeds
+.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-overhead bench-seeds
 
 run: setup
 	$(SNAKEMAKE)
@@ -45,3 +45,6 @@ bench-seeds: setup
 
 bench-overhead: setup
 	$(BIN)/python benchmarks/overhead.py
+
+bench-fp8: setup
+	$(BIN)/python benchmarks/fp8.py

@@ -33,6 +33,27 @@ VARIANTS: dict[str, dict[str, object]] = {
     "eleven_layers": {"num_hidden_layers": 11, "hidden_size": 32},
 }
 
+# Matrices in blocks of 128 x 128: all of them multiples; all but kv_a_proj, as in V3; blocks cut at both edges.
+ALIGNED: dict[str, object] = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 128,
+    "v_head_dim": 32,
+}
+LIKE_V3: dict[str, object] = {**ALIGNED, "qk_rope_head_dim": 32}
+EDGES: dict[str, object] = {
+    "hidden_size": 160,
+    "intermediate_size": 200,
+    "moe_intermediate_size": 136,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 132,
+    "qk_nope_head_dim": 24,
+}
+
 
 def tiny_model(**changes: object) -> ModelConfig:
     """experiment=tiny with a vocabulary of 300 and `changes`."""

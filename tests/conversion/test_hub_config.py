@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from conversion_models import VARIANTS, tiny_model, transformers_config
-from headrace.conversion.hub_config import read_hub_config, write_hub_config
+from headrace.conversion.hub_config import is_quantised, read_hub_config, write_hub_config
 from headrace.conversion.special_tokens import SpecialTokens
 from headrace.errors import UserError
 from headrace.model.initialisation import standard_deviation
@@ -91,6 +91,21 @@ def test_yarn_is_written_in_both_spellings():
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
 
 
+def test_fp8_is_written_beside_the_dtype_of_the_rest_and_read(tmp_path):
+    published = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+    written = write_hub_config(tiny_model(), "fp8", TOKENS, published)
+    assert written["quantization_config"] == published
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+    read_hub_config(save(tmp_path, written))
+    assert is_quantised(tmp_path)
+    assert not is_quantised(save(tmp_path, write_hub_config(tiny_model(), "bf16", TOKENS)))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_there_and_back(variant, tmp_path):
     config = tiny_model(**VARIANTS[variant])
@@ -152,6 +167,12 @@ def test_the_published_config_is_read_when_its_code_is_removed(tmp_path):
         "q_lora_rank": 1536,
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
         "rms_norm_eps": 1e-06,
         "rope_scaling": {
             "beta_fast": 32,
@@ -185,7 +206,8 @@ REFUSED = [
     ({"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"),
     ({"trust_remote_code": True}, "trust_remote_code"),
     ({"_attn_implementation_internal": "user/repo"}, "_attn_implementation_internal"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "convert them to BF16"),
+    ({"quantization_config": {"quant_method": "awq", "weight_block_size": [128, 128]}}, "quant_method is 'awq'"),
+    ({"quantization_config": None}, "quantization_config is None"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
     ({"topk_method": "greedy"}, "topk_method"),

@@ -1,14 +1,27 @@
 """There and back is bitwise; a foreign folder is believed in nothing."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion_models import VARIANTS, checkpoint_of, reference_model, tiny_model, tokenizer_folder
+from conversion_models import (
+    ALIGNED,
+    EDGES,
+    LIKE_V3,
+    VARIANTS,
+    checkpoint_of,
+    our_network,
+    reference_model,
+    tiny_model,
+    tokenizer_folder,
+)
 from headrace.conversion.export import export
 from headrace.conversion.import_hub import import_
 from headrace.errors import UserError
@@ -50,6 +63,58 @@ def test_there_and_back(variant, dtype, tmp_path, tokenizer):
         rounds = dtype == "bf16" and not name.endswith("e_score_correction_bias")
         expected = tensor.bfloat16().float() if rounds else tensor
         assert torch.equal(got[name].view(torch.int32), expected.contiguous().view(torch.int32)), name
+
+
+LARGE = [ALIGNED, LIKE_V3, EDGES, {**LIKE_V3, "q_lora_rank": None}]
+FP8 = [(changes, "deepseek") for changes in [*VARIANTS.values(), *LARGE]] + [(changes, "bf16") for changes in LARGE]
+
+
+def dequantised_by_ml_dtypes(weight, scales):
+    rows, columns = weight.shape
+    codes = weight.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    grid = scales.numpy().repeat(128, axis=0)[:rows].repeat(128, axis=1)[:, :columns]
+    return torch.from_numpy(codes * grid)
+
+
+@pytest.mark.parametrize(("changes", "unaligned"), FP8)
+def test_fp8_there_back_and_there_again(changes, unaligned, tmp_path, tokenizer):
+    """Values as an independent dequantiser has them, and the second folder is the first byte for byte."""
+    config = tiny_model(**changes)
+    checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp8", 400_000, unaligned)
+    import_(tmp_path / "hub", tmp_path / "back.safetensors")
+    got, stored = load_file(tmp_path / "back.safetensors"), {}
+    for file in (tmp_path / "hub").glob("*.safetensors"):
+        stored |= load_file(file)
+    for name, tensor in stored.items():
+        if f"{name}_scale_inv" in stored:
+            prefix, expert, projection = re.fullmatch(r"(.*?)(?:(?<=experts\.)(\d+)\.)?(\w+\.weight)", name).groups()
+            mine = got[prefix + projection] if expert is None else got[prefix + projection][int(expert)]
+            assert torch.equal(mine, dequantised_by_ml_dtypes(tensor, stored[f"{name}_scale_inv"])), name
+        elif name in got:
+            assert torch.equal(got[name], tensor.float()), name
+    export(tmp_path / "back.safetensors", config, tokenizer, tmp_path / "again", "fp8", 400_000, unaligned)
+    for file in (tmp_path / "hub").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def test_training_goes_on_from_an_fp8_folder(tmp_path, tokenizer):
+    config = tiny_model(**LIKE_V3)
+    network = our_network(config)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp8", 1 << 30)
+    import_(tmp_path / "hub", tmp_path / "back.safetensors")
+    network.load_state_dict(load_file(tmp_path / "back.safetensors"))
+    rows = torch.randint(0, config.vocab_size, (4, 34), generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    losses = []
+    for _ in range(5):
+        loss = network.losses(rows, 0.3, 0.0).main
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
 
 
 def test_a_folder_saved_by_transformers_is_read(tmp_path):

@@ -10,28 +10,32 @@ from safetensors.torch import load_file
 from headrace.artifacts.tensors import read_header
 from headrace.conversion.streaming import PlannedTensor, TensorWriter
 
-BF16, FP32 = torch.bfloat16, torch.float32
+E4M3, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
 
 
 def test_any_order_and_in_parts(tmp_path):
-    odd, whole = torch.randn(3).bfloat16(), torch.randn(4, 5)
+    odd, whole, byte = torch.randn(3).bfloat16(), torch.randn(4, 5), torch.randn(3, 1).to(E4M3)
     plan = {"odd": PlannedTensor(BF16, (3,)), "whole": PlannedTensor(FP32, (4, 5)), "one": PlannedTensor(BF16, (1, 1))}
+    plan["byte"] = PlannedTensor(E4M3, (3, 1))
     with TensorWriter(tmp_path / "file", plan, {"format": "pt"}) as writer:
         writer.write("whole", whole[2:].T.contiguous().T, at=10)
         writer.write("one", torch.ones(1, 1, dtype=BF16))
+        writer.write("byte", byte)
         writer.write("odd", odd)
         writer.write("whole", whole[:2])
     found = load_file(tmp_path / "file")
     assert found.keys() == plan.keys()
     assert torch.equal(found["odd"], odd)
     assert torch.equal(found["whole"], whole)
+    assert found["byte"].dtype == E4M3 and torch.equal(found["byte"].float(), byte.float())
     assert {name: info.shape for name, info in read_header(tmp_path / "file").items()} == {
         name: tensor.shape for name, tensor in plan.items()
     }
 
 
 def test_every_tensor_is_aligned_to_its_elements(tmp_path):
-    plan = {"odd": PlannedTensor(BF16, (3,)), "whole": PlannedTensor(FP32, (2,)), "odder": PlannedTensor(BF16, (2,))}
+    plan = {"byte": PlannedTensor(E4M3, (1,)), "odd": PlannedTensor(BF16, (3,))}
+    plan |= {"whole": PlannedTensor(FP32, (2,)), "odder": PlannedTensor(BF16, (2,))}
     with TensorWriter(tmp_path / "file", plan, {"some": "text"}) as writer:
         for name, tensor in plan.items():
             writer.write(name, torch.zeros(tensor.shape, dtype=tensor.dtype))

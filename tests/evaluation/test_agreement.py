@@ -8,10 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from evaluation_world import World
 from headrace.artifacts.tensors import load_tensors, save_tensors
+from headrace.config.compose import load
 from headrace.conversion.export import export
 from headrace.errors import UserError
 from headrace.evaluation import agreement
-from headrace.evaluation.scorer import TransformersScorer
+from headrace.evaluation.scorer import TransformerScorer, TransformersScorer
+from headrace.fp8.numerics import Numerics
 
 
 def measured(world: World, dtype: str = "bf16") -> dict[str, Any]:
@@ -40,6 +42,41 @@ def test_an_fp32_export_agrees_too(world: World, tmp_path: Path) -> None:
     export(world.checkpoint, world.config, world.tokenizer, tmp_path / "hub", "fp32", 1 << 30)
     result = measured(replace(world, hub=tmp_path / "hub"), "fp32")
     assert result["passed"]
+
+
+def test_an_fp8_export_agrees_by_the_same_line_and_its_rounding_is_printed(world: World, tmp_path: Path) -> None:
+    export(world.checkpoint, world.config, world.tokenizer, tmp_path / "hub", "fp8", 1 << 30)
+    result = measured(replace(world, hub=tmp_path / "hub"), "fp8")
+    reloaded, exported, precision = result["comparisons"]
+    assert result["passed"] and reloaded["identical"]
+    assert "rounded to fp8" in exported["compared"] and exported["line"] == 1e-4 and exported["largest"] < 2e-5
+    assert precision["line"] is None and precision["mean"] > 1e-3
+
+
+def test_a_model_trained_in_fp8_is_reloaded_in_fp8(world: World, tmp_path: Path) -> None:
+    precision = load(["experiment=tiny", "precision=fp8", "precision.fp8.backend=reference"]).precision
+    numerics = Numerics.resolve(precision, torch.device("cpu"))
+    in_memory = TransformerScorer.load(world.checkpoint, world.config, numerics)
+    tokens = load_tensors(world.agreement)["tokens"]
+    scores = torch.cat([in_memory.log_probabilities(row[None]) for row in tokens])
+    save_tensors(tmp_path / "agreement.safetensors", {"tokens": tokens, "log_probabilities": scores})
+    export(world.checkpoint, world.config, world.tokenizer, tmp_path / "hub", "fp8", 1 << 30)
+    paths = (tmp_path / "agreement.safetensors", world.checkpoint, tmp_path / "hub")
+    scorer = TransformersScorer.load(tmp_path / "hub")
+    result = agreement.measure(*paths, world.config, numerics, "fp8", scorer)
+    assert result["passed"] and result["comparisons"][0]["identical"]
+    assert result["comparisons"][2]["compared"] == "in memory (fp8) / exported, FP32"
+    assert not agreement.measure(*paths, world.config, "bf16", "fp8", scorer)["passed"]
+
+
+def test_one_altered_scale_stops_the_stage(world: World, tmp_path: Path) -> None:
+    export(world.checkpoint, world.config, world.tokenizer, tmp_path / "hub", "fp8", 1 << 30)
+    shard = next((tmp_path / "hub").glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors["model.layers.1.self_attn.o_proj.weight_scale_inv"] *= 1 + 2**-20
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.o_proj\.weight_scale_inv differs"):
+        measured(replace(world, hub=tmp_path / "hub"), "fp8")
 
 
 @pytest.mark.parametrize(

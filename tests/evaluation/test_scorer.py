@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -5,8 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversion_models import EDGES, LIKE_V3, our_network
 from evaluation_world import LENGTH, World
 from headrace.artifacts.files import read_json, write_json
+from headrace.conversion.check import expected_values
+from headrace.conversion.export import export
 from headrace.errors import UserError
 from headrace.evaluation.scorer import TransformerScorer, TransformersScorer, batches, score_rows
 
@@ -39,11 +43,33 @@ def test_rows_of_different_lengths_score_as_they_do_alone(world: World, monkeypa
 
 def test_our_model_and_transformers_agree_on_the_same_rounded_weights(world: World) -> None:
     tokens = torch.from_numpy(world.rows[6:12])
-    ours = TransformerScorer.load(world.checkpoint, world.config, "fp32", torch.bfloat16)
+    tensors = load_file(world.checkpoint)
+    rounded = {name: t if name.endswith("bias") else t.bfloat16().float() for name, t in tensors.items()}
+    ours = TransformerScorer.of(rounded, world.checkpoint, world.config, "fp32")
     theirs = TransformersScorer.load(world.hub)
     torch.testing.assert_close(ours.log_probabilities(tokens), theirs.log_probabilities(tokens), atol=1e-5, rtol=0)
     unrounded = TransformerScorer.load(world.checkpoint, world.config, "fp32")
     assert (unrounded.log_probabilities(tokens) - theirs.log_probabilities(tokens)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("changes", [LIKE_V3, EDGES])
+def test_an_fp8_export_is_run_with_the_values_of_its_codes_and_scales(
+    world: World, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """Cut blocks too, which transformers itself cannot dequantise."""
+    config = replace(world.config, **changes)
+    network = our_network(config)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, world.tokenizer, tmp_path / "hub", "fp8", 300_000)
+    tokens = torch.from_numpy(world.rows[6:9])
+    values = expected_values(tmp_path / "hub", tmp_path / "model.safetensors")
+    ours = TransformerScorer.of(values, tmp_path, config, "fp32").log_probabilities(tokens)
+    theirs = TransformersScorer.load(tmp_path / "hub")
+    assert {parameter.dtype for parameter in theirs.model.parameters()} == {torch.float32}
+    torch.testing.assert_close(theirs.log_probabilities(tokens), ours, atol=2e-5, rtol=0)
+    unrounded = TransformerScorer(network).log_probabilities(tokens)
+    assert (unrounded - ours).abs().max() > 1e-3
+    assert theirs.model.generate(tokens[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
 def test_a_missing_tensor_is_not_filled_with_random_numbers(world: World, tmp_path: Path) -> None:
@@ -61,8 +87,6 @@ def test_a_missing_tensor_is_not_filled_with_random_numbers(world: World, tmp_pa
 
 
 def test_a_checkpoint_of_another_shape_is_refused_in_one_line(world: World) -> None:
-    from dataclasses import replace
-
     with pytest.raises(UserError) as caught:
         TransformerScorer.load(world.checkpoint, replace(world.config, num_hidden_layers=3), "fp32")
     assert str(world.checkpoint) in str(caught.value) and "\n" not in str(caught.value)

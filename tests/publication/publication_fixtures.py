@@ -29,6 +29,8 @@ def card_facts(**changes: object) -> CardFacts:
         hardware="2 CPU cores",
         precision="bf16",
         dtype="bf16",
+        weight_bytes=15_400_000,
+        cuts_blocks=False,
         optimizer="Muon",
         sources=[DataSource("numpy", "BSD-3-Clause", 410, 5_123_456), DataSource("CPython", "PSF-2.0", 900, 9_000_000)],
         measurements=[

@@ -2,18 +2,25 @@
 
 import re
 
+import pytest
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub._eval_results import parse_eval_result_entries
+from safetensors.torch import save_file
 
+from conversion_models import EDGES, LIKE_V3, our_network, tiny_model, tokenizer_folder
+from headrace.conversion.check import expected_values
+from headrace.conversion.export import export
 from headrace.publication import card
 from headrace.publication.facts import DataSource
 from publication.publication_fixtures import card_facts
 
 
-def rows(content, heading):
-    """The cells of the first table below a heading."""
-    section = content.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+def rows(content, heading, before=False):
+    """The cells of the first table below a heading, or of the one before it."""
+    parts = content.split(f"\n## {heading}\n", 1)
+    section = parts[0] if before else parts[1].split("\n## ", 1)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
@@ -78,6 +85,38 @@ def test_a_local_folder_is_loaded_without_a_revision():
     content = card.render(card_facts(repo_id=None, measurements=[]))
     assert 'from_pretrained("path/to/this/folder")' in content and "Not evaluated." in content
     assert ModelCard(content).data.eval_results is None
+
+
+def test_the_format_and_its_size_are_said():
+    content = card.render(card_facts())
+    assert ["Precision", "trained in bf16, published in bf16"] in rows(content, "Use", before=True)
+    assert ["Size", "15,400,000 bytes of weights"] in rows(content, "Use", before=True)
+    assert "accelerate" not in content and "fp8" not in ModelCard(content).data.tags
+    content = card.render(card_facts(dtype="fp8"))
+    (precision,) = (row[1] for row in rows(content, "Use", before=True) if row[0] == "Precision")
+    assert "published in FP8: E4M3 in blocks of 128 x 128" in precision
+    assert "needs `accelerate`" in content and "fp8" in ModelCard(content).data.tags
+    assert "AutoModelForCausalLM.from_pretrained" in content
+
+
+@pytest.mark.parametrize("changes", [LIKE_V3, EDGES])
+def test_the_card_of_a_model_with_cut_blocks_loads_it_rightly(changes, tmp_path, capsys):
+    """The code in the card is run as it stands."""
+    config = tiny_model(**changes)
+    network = our_network(config)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer_folder(tmp_path / "tok"), tmp_path / "hub", "fp8", 300_000)
+    content = card.render(card_facts(dtype="fp8", cuts_blocks=True, repo_id=None))
+    (code,) = re.findall(r"```python\n(.*?)```", content, re.DOTALL)
+    names = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path / "hub")), names)
+    network.load_state_dict(expected_values(tmp_path / "hub", tmp_path / "model.safetensors"))
+    tokens = torch.randint(3, 300, (2, 30), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert (names["model"].eval()(tokens).logits - network(tokens)).abs().max() < 2e-5
+    assert "def main" in capsys.readouterr().out
+    content = card.render(card_facts(dtype="fp8", cuts_blocks=True))
+    assert 'snapshot_download("me/small", revision="0123456789ab")' in content
 
 
 def test_free_text_breaks_neither_table_nor_front_matter_nor_fence():

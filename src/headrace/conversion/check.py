@@ -1,12 +1,14 @@
 """Proof that an exported folder holds the checkpoint's numbers: every element of every tensor, bit by bit.
 
 This is a second reading, not a replay of the first: it opens the files with safetensors directly, takes tensor names
-from what is in the folder, and rounds to BF16 with integer arithmetic of its own. So a fault in `names.py`, `export.py`
-or `streaming.py` cannot hide itself here. It costs one reading of both files.
+from what is in the folder, and rounds to BF16 and FP8 with integer arithmetic of its own (`fp8_blocks.py`). So a fault
+in `names.py`, `fp8_layout.py`, `export.py`, `streaming.py` or `headrace.fp8` cannot hide itself here. It costs one
+reading of both files. `expected_values` is the same knowledge for whoever runs the model.
 """
 
 import re
-from dataclasses import asdict, replace
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,40 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.artifacts.files import read_json
+from headrace.artifacts.tensors import load_tensors
 from headrace.config.schema import ModelConfig
+from headrace.conversion import fp8_blocks
 from headrace.conversion.hub_config import read_hub_config
 from headrace.errors import UserError
 from headrace.model.initialisation import standard_deviation
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj\.weight)")
+_BIAS, _SCALES = "e_score_correction_bias", "_scale_inv"
+_PROJECTION = re.compile(
+    r".+\.(?:self_attn|mlp|mlp\.shared_experts|mlp\.experts(?:\.\d+)?)\.[a-z_]+_proj(?:_with_mqa)?\.weight"
+)
+# Modules that have one format: each is left out of FP8 with its neighbours or not at all.
+_NEIGHBOURS = {"gate_proj": "up_proj", "q_a_proj": "kv_a_proj_with_mqa"}
+_NEIGHBOURS |= {neighbour: name for name, neighbour in _NEIGHBOURS.items()}
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What config.json promises: dtype of weights that are not FP8; whether others are; modules that are left out."""
+
+    dtype: torch.dtype
+    fp8: bool
+    left_out: Collection[str]
+
+    def of(self, name: str) -> torch.dtype:
+        """The dtype that a tensor must have; names of the Hub's layout or of a checkpoint's."""
+        if name.endswith((_BIAS, _SCALES)):
+            return torch.float32
+        module = re.sub(r"(\.mlp\.experts)\..+|\.weight$", r"\1", name)
+        if self.fp8 and _PROJECTION.fullmatch(name) and module not in self.left_out:
+            return torch.float8_e4m3fn
+        return self.dtype
 
 
 def verify_export(hub_folder: Path, checkpoint_model_file: Path, config: ModelConfig) -> int:
@@ -31,18 +60,26 @@ def verify_export(hub_folder: Path, checkpoint_model_file: Path, config: ModelCo
 
     Raises `UserError` naming the first tensor, file or key that is missing, left over or different.
     """
-    dtype = _checked_dtype(hub_folder, config)
+    promised = _checked_format(hub_folder, config)
     mapped, total_size = _index(hub_folder)
     size, elements = 0, 0
     seen: set[str] = set()
     with _open(checkpoint_model_file) as checkpoint:
         for file in _shards(hub_folder, mapped):
             with _open(file) as shard:
-                for name in _checked_names(file, shard, mapped):
+                names = _checked_names(file, shard, mapped)
+                for name in names:
                     found = shard.get_tensor(name)
-                    _compare(file, name, found, _original(file, name, checkpoint, config), dtype)
                     seen.add(name)
                     size += found.nbytes
+                    if name.endswith(_SCALES):
+                        _check_scales_belong(file, name, names, promised)
+                        continue
+                    _check_kind(file, name, found, original := _original(file, name, checkpoint, config), promised)
+                    if found.dtype == torch.float8_e4m3fn:
+                        _compare_fp8(file, name, found, _scales(file, name, shard, names), original)
+                    else:
+                        _compare(file, name, found, original)
                     elements += found.numel()
         _check_complete(hub_folder, checkpoint, config, seen)
     if total_size != size:
@@ -50,19 +87,50 @@ def verify_export(hub_folder: Path, checkpoint_model_file: Path, config: ModelCo
     return elements
 
 
-def _checked_dtype(hub_folder: Path, config: ModelConfig) -> torch.dtype:
-    """The dtype that config.json promises, after checking that it describes `config`."""
+def expected_values(hub_folder: Path, checkpoint_model_file: Path) -> dict[str, Tensor]:
+    """The checkpoint's tensors, by its names, with the values that the exported folder must give them, in FP32."""
+    promised = _format(hub_folder)
+    tensors = load_tensors(checkpoint_model_file)
+    for name, tensor in tensors.items():
+        dtype = promised.of(name)
+        if dtype == torch.float8_e4m3fn:
+            matrices = tensor.reshape(-1, *tensor.shape[-2:]).numpy()  # one, or one of each expert
+            rounded = [fp8_blocks.dequantise(*fp8_blocks.quantise(matrix)) for matrix in matrices]
+            tensors[name] = torch.from_numpy(np.stack(rounded)).reshape(tensor.shape)
+        elif dtype == torch.bfloat16:
+            bits = _round_to_bfloat16(tensor.numpy().view(np.uint32)).astype(np.uint32) << np.uint32(16)
+            tensors[name] = torch.from_numpy(bits.view(np.float32))
+    return tensors
+
+
+def _checked_format(hub_folder: Path, config: ModelConfig) -> _Format:
+    """What config.json promises, after checking that it describes `config` and leaves out neighbours together."""
     written, wanted = read_hub_config(hub_folder), replace(config, initializer_range=standard_deviation(config))
     for key, value in asdict(wanted).items():
         found = asdict(written)[key]
         if found != value:
             raise UserError(f"{hub_folder / 'config.json'}: {key} is {found!r}, the run has {value!r}; export again")
-    promised = read_json(hub_folder / "config.json").get("dtype")
-    if promised not in _DTYPES:
-        raise UserError(
-            f"{hub_folder / 'config.json'}: dtype is {promised!r}, not one of {sorted(_DTYPES)}; export again"
-        )
-    return _DTYPES[promised]
+    promised = _format(hub_folder)
+    for module in promised.left_out:
+        for name, neighbour in _NEIGHBOURS.items():
+            other = module.removesuffix(name) + neighbour
+            exists = config.q_lora_rank is not None or neighbour != "q_a_proj"
+            if module.endswith("." + name) and exists and other not in promised.left_out:
+                raise UserError(
+                    f"{hub_folder / 'config.json'}: {module} is left out of FP8, {other} is not; export again"
+                )
+    if promised.left_out and "lm_head" not in promised.left_out:
+        raise UserError(f"{hub_folder / 'config.json'}: lm_head is not listed with the modules left out; export again")
+    return promised
+
+
+def _format(hub_folder: Path) -> _Format:
+    content = read_json(hub_folder / "config.json")
+    dtype, quantization = content.get("dtype"), content.get("quantization_config")
+    if dtype not in _DTYPES:
+        raise UserError(f"{hub_folder / 'config.json'}: dtype is {dtype!r}, not one of {sorted(_DTYPES)}; export again")
+    left_out = (quantization or {}).get("modules_to_not_convert") or ()
+    return _Format(_DTYPES[dtype], quantization is not None, left_out)
 
 
 def _index(hub_folder: Path) -> tuple[dict[str, str], int]:
@@ -122,17 +190,58 @@ def _original(file: Path, name: str, checkpoint: Any, config: ModelConfig) -> Te
         raise UserError(f"{file}: tensor {name} has no original in the checkpoint; export again") from None
 
 
-def _compare(file: Path, name: str, found: Tensor, original: Tensor, dtype: torch.dtype) -> None:
+def _check_kind(file: Path, name: str, found: Tensor, original: Tensor, promised: _Format) -> None:
     if found.shape != original.shape:
         raise UserError(f"{file}: tensor {name} has shape {list(found.shape)}, the checkpoint {list(original.shape)}")
-    needed = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+    needed = promised.of(name)
     if found.dtype != needed:
         raise UserError(f"{file}: tensor {name} is {found.dtype}, it must be {needed}; export again")
-    wanted = original.numpy().view(np.uint32).ravel()
+
+
+def _check_scales_belong(file: Path, name: str, names: list[str], promised: _Format) -> None:
+    weight = name.removesuffix(_SCALES)
+    if weight not in names or promised.of(weight) != torch.float8_e4m3fn:
+        raise UserError(f"{file}: tensor {name} belongs to no FP8 weight of this file; export again")
+
+
+def _scales(file: Path, name: str, shard: Any, names: list[str]) -> Tensor:
+    """The scales of an FP8 weight, which must lie in the same file."""
+    if name + _SCALES not in names:
+        raise UserError(f"{file}: tensor {name + _SCALES} is missing; export again")
+    scales: Tensor = shard.get_tensor(name + _SCALES)
+    if scales.dtype != torch.float32:
+        raise UserError(f"{file}: tensor {name + _SCALES} is {scales.dtype}, it must be torch.float32; export again")
+    return scales
+
+
+def _compare(file: Path, name: str, found: Tensor, original: Tensor) -> None:
+    wanted = original.numpy().view(np.uint32)
     if found.dtype == torch.bfloat16:
         wanted = _round_to_bfloat16(wanted)
-    got = found.view(torch.uint16 if found.dtype == torch.bfloat16 else torch.uint32).numpy().ravel()
-    different = np.flatnonzero(got != wanted)
+    got = found.view(torch.uint16 if found.dtype == torch.bfloat16 else torch.uint32).numpy()
+    _refuse_difference(file, name, got, wanted, found, original)
+
+
+def _compare_fp8(file: Path, name: str, found: Tensor, scales: Tensor, original: Tensor) -> None:
+    got = found.view(torch.uint8).numpy()
+    wanted, wanted_scales = fp8_blocks.quantise(original.numpy())
+    if scales.shape != wanted_scales.shape:
+        shape = list(wanted_scales.shape)
+        raise UserError(
+            f"{file}: tensor {name + _SCALES} has shape {list(scales.shape)}, it needs {shape}; export again"
+        )
+    got_scales = scales.numpy().view(np.uint32)
+    _refuse_difference(
+        file, name + _SCALES, got_scales, wanted_scales.view(np.uint32), scales, torch.from_numpy(wanted_scales)
+    )
+    _refuse_difference(file, name, got, wanted, found.float(), torch.from_numpy(fp8_blocks.decode(wanted)))
+
+
+def _refuse_difference(
+    file: Path, name: str, got: NDArray[Any], wanted: NDArray[Any], found: Tensor, original: Tensor
+) -> None:
+    """Compare bit patterns; `found` and `original` are the same as numbers, for the message."""
+    different = np.flatnonzero(got.ravel() != wanted.ravel())
     if different.size:
         at = int(different[0])
         raise UserError(

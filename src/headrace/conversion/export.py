@@ -6,7 +6,15 @@
     tokenizer.json, tokenizer_config.json   copied
 
 Shards are planned from shapes alone, then filled one checkpoint tensor at a time. Weights are cast to the asked dtype
-(BF16 rounds to nearest even); the router's selection bias is FP32 in every export. No quantisation happens here.
+(BF16 rounds to nearest even); the router's selection bias is FP32 in every export. FP8 quantises what `fp8_layout.py`
+names, from FP32 as training does with its default scales (report, section 3.3.2): the forward pass of a model that was
+trained in FP8 used these codes and scales.
+
+Exported, imported and exported again, an FP8 folder is the same byte for byte. With scale s = fl(amax / 448) a block's
+largest code is 448, so its largest value becomes fl(448 s), and fl(fl(448 s) / 448) = s again: for s = m * 2^e, m of
+24 bits, that fails only where 7 m has 27 bits and m is 4 modulo 8, and no amax / 448 rounds to such an s, since amax is
+then a multiple of 8 and 7 m is 4 away from the next of them. A foreign folder with scales of another choice, powers of
+two for instance, is imported exactly, but exporting it chooses scales anew and rounds once more.
 """
 
 from collections.abc import Mapping
@@ -21,15 +29,17 @@ from torch import Tensor
 from headrace.artifacts.files import write_json
 from headrace.artifacts.tensors import TensorFile, open_tensors
 from headrace.config.schema import ModelConfig
+from headrace.conversion.fp8_layout import SCALE_SUFFIX, Unaligned, fp8_weights, quantization_config, scales_shape
 from headrace.conversion.hub_config import CONFIG, Dtype, write_hub_config
 from headrace.conversion.names import HubTensor, check_tensors, checkpoint_shapes, hub_tensors, keeps_fp32
 from headrace.conversion.special_tokens import SpecialTokens, copy_tokenizer, read_special_tokens
 from headrace.conversion.streaming import PlannedTensor, TensorWriter
 from headrace.errors import UserError
+from headrace.fp8.quantise import SQUARE_TILE, quantise
 
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}  # without it transformers refuses the file
-_TORCH: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_TORCH: dict[Dtype, torch.dtype] = {"fp8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -48,44 +58,63 @@ def export(
     out: Path,
     dtype: Dtype,
     max_shard_bytes: int,
+    unaligned: Unaligned = "deepseek",
 ) -> Exported:
     """Write the Hub folder `out` (new or empty) from a checkpoint's `model.safetensors`.
 
-    A shard holds at most `max_shard_bytes` of tensors, or one tensor that alone is larger. Memory: one checkpoint
+    A shard holds at most `max_shard_bytes` of tensors, or one tensor (with its scales) that alone is larger.
+    unaligned: what FP8 does with matrices that are no multiples of 128, see `fp8_layout.py`. Memory: one checkpoint
     tensor and a cast. Raises `UserError` for a missing, unknown, wrongly shaped or non-FP32 tensor and for values that
-    are not finite, each by name.
+    are not finite, each by name, and where FP8 would leave out everything.
     """
     tokens = read_special_tokens(tokenizer_folder, config.vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UserError(f"{out}: is not empty; export into a new folder")
     tensors = hub_tensors(config)
-    shards = plan_shards(tensors, _TORCH[dtype], max_shard_bytes)
+    fp8 = fp8_weights(tensors, unaligned) if dtype == "fp8" else set()
+    if dtype == "fp8" and not fp8:
+        raise UserError(
+            "convert.unaligned=bf16: no matrix of this model is a multiple of 128, so nothing would be FP8; "
+            "use convert.unaligned=deepseek or convert.dtype=bf16"
+        )
+    stored = {tensor.name: _stored(tensor, _TORCH[dtype], tensor.name in fp8) for tensor in tensors}
+    shards = plan_shards(list(stored.values()), max_shard_bytes)
     with open_tensors(checkpoint_tensors) as checkpoint:
         _check_checkpoint(checkpoint, config)
         _write_shards(checkpoint, tensors, shards, out)
     total = sum(planned.bytes for plan in shards.values() for planned in plan.values())
     weight_map = {name: file for file, plan in shards.items() for name in plan}
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(out / CONFIG, write_hub_config(config, dtype, tokens))
+    quantization = quantization_config(tensors, fp8) if dtype == "fp8" else None
+    write_json(out / CONFIG, write_hub_config(config, dtype, tokens, quantization))
     write_json(out / "generation_config.json", _generation_config(tokens))
     copy_tokenizer(tokenizer_folder, out)
-    return Exported(len(tensors), len(shards), total)
+    return Exported(len(weight_map), len(shards), total)
 
 
-def plan_shards(
-    tensors: list[HubTensor], dtype: torch.dtype, max_shard_bytes: int
-) -> dict[str, dict[str, PlannedTensor]]:
-    """Which tensors go into which file, in order, filled up to `max_shard_bytes`."""
+def _stored(tensor: HubTensor, dtype: torch.dtype, fp8: bool) -> dict[str, PlannedTensor]:
+    """What lies in the files for one tensor: itself, and after an FP8 weight its scales."""
+    if fp8:
+        scales = PlannedTensor(torch.float32, scales_shape(tensor.shape))
+        return {
+            tensor.name: PlannedTensor(torch.float8_e4m3fn, tensor.shape),
+            tensor.name + SCALE_SUFFIX: scales,
+        }
+    return {tensor.name: PlannedTensor(torch.float32 if keeps_fp32(tensor.name) else dtype, tensor.shape)}
+
+
+def plan_shards(groups: list[dict[str, PlannedTensor]], max_shard_bytes: int) -> dict[str, dict[str, PlannedTensor]]:
+    """Which tensors go into which file, in order, filled up to `max_shard_bytes`; a group stays together."""
     plans: list[dict[str, PlannedTensor]] = [{}]
     filled = 0
-    for tensor in tensors:
-        planned = PlannedTensor(torch.float32 if keeps_fp32(tensor.name) else dtype, tensor.shape)
-        if plans[-1] and filled + planned.bytes > max_shard_bytes:
+    for group in groups:
+        size = sum(planned.bytes for planned in group.values())
+        if plans[-1] and filled + size > max_shard_bytes:
             plans.append({})
             filled = 0
-        plans[-1][tensor.name] = planned
-        filled += planned.bytes
+        plans[-1] |= group
+        filled += size
     return {f"model-{number:05d}-of-{len(plans):06d}.safetensors": plan for number, plan in enumerate(plans, 1)}
 
 
@@ -118,16 +147,24 @@ def _write_shards(
                     current = file
                     writer = stack.enter_context(TensorWriter(out / file, shards[file], METADATA))
                 part = weights if piece.expert is None else weights[piece.expert]
-                writer.write(piece.name, _cast(checkpoint.path, piece, part, shards[file][piece.name].dtype))
+                for name, tensor in _cast(checkpoint.path, piece, part, shards[file][piece.name].dtype).items():
+                    writer.write(name, tensor)
 
 
-def _cast(path: Path, piece: HubTensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = weights.to(dtype)
-    if not torch.isfinite(cast).all():
+def _cast(path: Path, piece: HubTensor, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A tensor as it is stored, by name; for FP8 its codes and scales."""
+    if dtype == torch.float8_e4m3fn:
+        quantised = quantise(weights, SQUARE_TILE)
+        stored = {piece.name: quantised.codes, piece.name + SCALE_SUFFIX: quantised.scales}
+        finite = torch.isfinite(quantised.scales).all()  # a block that holds NaN or Inf has the scale NaN
+    else:
+        stored = {piece.name: weights.to(dtype)}
+        finite = torch.isfinite(stored[piece.name]).all()
+    if not finite:
         raise UserError(
             f"{path}: tensor {piece.source} is not finite as {dtype}; the run diverged, use an earlier step"
         )
-    return cast
+    return stored
 
 
 def _generation_config(tokens: SpecialTokens) -> dict[str, object]:

@@ -7,8 +7,9 @@ with `rope_scaling` (SGLang, older transformers). There is no `head_dim`: the th
 and a second spelling could only disagree. No `auto_map`: the folder holds no code.
 
 Reading: every key must be known. Keys that decide the network become a `ModelConfig`, keys with one possible value must
-have it, derived keys must agree, and the rest (token ids, dtype) says nothing about the network. `auto_map`,
-`trust_remote_code` and private keys are therefore refused before anything is loaded (CVE-2026-4372, CVE-2026-5241).
+have it, derived keys must agree, and the rest says nothing about the network: token ids, dtype, `quantization_config`,
+of which only DeepSeek-V3's kind can be read. `auto_map`, `trust_remote_code` and private keys are therefore refused
+before anything is loaded (CVE-2026-4372, CVE-2026-5241).
 """
 
 import json
@@ -21,15 +22,17 @@ from pydantic import TypeAdapter, ValidationError
 from headrace.artifacts.files import read_json
 from headrace.config.checks import model_problems
 from headrace.config.schema import ModelConfig, RopeScaling
+from headrace.conversion.fp8_layout import check_quantization_config
 from headrace.conversion.special_tokens import SpecialTokens
 from headrace.errors import UserError
 from headrace.model.initialisation import standard_deviation
 
-Dtype = Literal["bf16", "fp32"]
+Dtype = Literal["fp8", "bf16", "fp32"]
 
 CONFIG = "config.json"
+QUANTIZATION = "quantization_config"
 MAX_JSON_BYTES = 1 << 20
-DTYPE_NAMES: dict[Dtype, str] = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPE_NAMES: dict[Dtype, str] = {"fp8": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}
 
 _ROPE_KEYS = {"rope_theta", "rope_scaling"}
 _COPIED = [field.name for field in fields(ModelConfig) if field.name not in _ROPE_KEYS]
@@ -61,8 +64,13 @@ _WITHOUT_MEANING = {
 }
 
 
-def write_hub_config(config: ModelConfig, dtype: Dtype, tokens: SpecialTokens) -> dict[str, Any]:
-    """The content of `config.json`; `initializer_range` is written as the number it means."""
+def write_hub_config(
+    config: ModelConfig, dtype: Dtype, tokens: SpecialTokens, quantization: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of `config.json`; `initializer_range` is written as the number it means.
+
+    dtype: of the weights, in an FP8 folder of those that are not FP8; quantization: `quantization_config`, if any.
+    """
     written = asdict(config)
     return {
         **_FIXED,
@@ -76,6 +84,7 @@ def write_hub_config(config: ModelConfig, dtype: Dtype, tokens: SpecialTokens) -
         "dtype": DTYPE_NAMES[dtype],
         "torch_dtype": DTYPE_NAMES[dtype],
         "use_cache": True,
+        **({QUANTIZATION: quantization} if quantization else {}),
     }
 
 
@@ -89,6 +98,8 @@ def read_hub_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: not a JSON object; is this the folder of a model?")
     _refuse_unknown(path, raw)
     _check_fixed(path, raw)
+    if QUANTIZATION in raw:
+        check_quantization_config(path, raw[QUANTIZATION])
     values = {key: raw[key] for key in _COPIED if key in raw}
     values["rope_theta"], values["rope_scaling"] = _read_rope(path, raw)
     config = _validate(path, values)
@@ -96,6 +107,11 @@ def read_hub_config(folder: Path) -> ModelConfig:
         if key in raw and raw[key] != value:
             raise UserError(f"{path}: {key} is {raw[key]!r}, the other dimensions make it {value}")
     return config
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether `folder/config.json` says that weights are FP8."""
+    return QUANTIZATION in read_json(folder / CONFIG)
 
 
 def _derived(config: ModelConfig) -> dict[str, int]:
@@ -117,9 +133,7 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
 
 def _refuse_unknown(path: Path, raw: dict[str, Any]) -> None:
     known = {*_COPIED, *_FIXED, *_READ_ONLY_FIXED, *_WITHOUT_MEANING, *_ROPE_KEYS, "rope_parameters"}
-    known |= {"num_key_value_heads", "qk_head_dim", "head_dim"}
-    if "quantization_config" in raw:
-        raise UserError(f"{path}: quantization_config: quantised weights cannot be read; convert them to BF16 first")
+    known |= {"num_key_value_heads", "qk_head_dim", "head_dim", QUANTIZATION}
     for key in raw:
         if key not in known:
             raise UserError(

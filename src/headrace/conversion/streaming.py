@@ -1,7 +1,7 @@
 """One safetensors file, written tensor by tensor: memory is one tensor, whatever the file's size.
 
 The header is computed from names, dtypes and shapes before the first weight is read; each tensor, or part of one, then
-goes straight to its place. FP32 tensors come first, so that every tensor is aligned to its element size. The file
+goes straight to its place. The widest dtype comes first, so that every tensor is aligned to its element size. The file
 appears under its name only when all its bytes are on the disk.
 """
 
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from headrace.artifacts.files import sync_folder
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """Dtype (FP32 or BF16) and shape of a tensor that will be written."""
+    """Dtype (FP32, BF16 or E4M3) and shape of a tensor that will be written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -5,7 +5,9 @@ Two comparisons have a fail line, each per token on the same held-out rows, in n
 - in memory against reloaded, the same code at the same precision: equal bit for bit, or within 1e-6, since a matrix
   product split over another number of threads may sum in another order;
 - reloaded and rounded to the export's dtype, run by our model in FP32, against the export run by transformers in FP32:
-  within 1e-4. Different code, same numbers: what remains is FP32 rounding.
+  within 1e-4. Different code, same numbers: what remains is FP32 rounding. FP8 is no exception, its line is the same:
+  our weights are the checkpoint's, quantised and dequantised by `conversion.check` in numpy; the export's are its own
+  codes times its own scales.
 
 Routing is discontinuous: where two experts' scores are equal to within FP32 rounding, two exact implementations may
 choose differently, and that token and those after it in the row differ by more than rounding. Such rows are
@@ -14,7 +16,8 @@ or before the first token that differs. They are counted in the result, and more
 failure whatever the reason.
 
 Before that, every exported weight is compared with the checkpoint bit by bit (`conversion.check`). A third comparison,
-in memory at training precision against the export, is printed without a line: it is what rounding to BF16 costs.
+in memory at training precision against the export, is printed without a line: it is what rounding to BF16 or FP8 costs,
+and for a model trained in FP8 the rounding of activations that FP32 evaluation leaves out.
 """
 
 from collections.abc import Iterator
@@ -28,16 +31,16 @@ from torch import Tensor
 
 from headrace.artifacts.tensors import load_tensors
 from headrace.config.schema import ModelConfig
-from headrace.conversion.check import verify_export
+from headrace.conversion.check import expected_values, verify_export
 from headrace.errors import UserError
 from headrace.evaluation.scorer import Scorer, TransformerScorer, TransformersScorer
-from headrace.fp8.linear import Compute
+from headrace.fp8.gemms import Compute
+from headrace.fp8.numerics import Numerics
 
 RELOAD_LINE = 1e-6
 EXPORT_LINE = 1e-4
 TIE = 1e-6
 MAX_TIED_ROWS = 0.25
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class DisagreementError(Exception):
@@ -67,7 +70,7 @@ def measure(
     checkpoint_model_file: Path,
     hub_folder: Path,
     config: ModelConfig,
-    compute: Compute,
+    numerics: Numerics | Compute,
     dtype: str,
     exported: TransformersScorer,
     final: bool = True,
@@ -76,13 +79,15 @@ def measure(
     """Compare the three forms.
 
     agreement_file: `tokens` int64 [R, T + 1] and `log_probabilities` float32 [R, T], computed row by row by the model
-    in memory at the end of training; final: whether the checkpoint is that end. An earlier step has nothing in memory
-    to be compared with: the first and third comparison are left out. dtype: of the export, bf16 or fp32.
+    in memory at the end of training; numerics: of training; final: whether the checkpoint is that end. An earlier step
+    has nothing in memory to be compared with: the first and third comparison are left out. dtype: of the export, bf16,
+    fp8 or fp32.
     Returns comparisons, fail lines and `passed`. Raises `UserError` where a file is malformed or a weight differs.
     """
     elements = verify_export(hub_folder, checkpoint_model_file, config)
     tokens, in_memory = _read(agreement_file)
-    rounded = TransformerScorer.load(checkpoint_model_file, config, "fp32", _DTYPES[dtype], device=device)
+    values = expected_values(hub_folder, checkpoint_model_file)
+    rounded = TransformerScorer.of(values, checkpoint_model_file, config, "fp32", device)
     with _router_gaps(exported.model) as gaps:
         export = _by_row(exported, tokens)
     comparisons = [
@@ -95,11 +100,13 @@ def measure(
         )
     ]
     if final:
-        reloaded = TransformerScorer.load(checkpoint_model_file, config, compute, device=device)
+        reloaded = TransformerScorer.load(checkpoint_model_file, config, numerics, device)
         comparisons.insert(
             0, _compare("in memory / reloaded checkpoint", in_memory, _by_row(reloaded, tokens), RELOAD_LINE)
         )
-        comparisons.append(_compare(f"in memory ({compute}) / exported, FP32", in_memory, export, None))
+        comparisons.append(
+            _compare(f"in memory ({Numerics.of(numerics).name}) / exported, FP32", in_memory, export, None)
+        )
     return {
         "comparisons": [comparison.to_json() for comparison in comparisons],
         "weights_compared": elements,

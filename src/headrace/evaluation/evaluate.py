@@ -25,7 +25,8 @@ from headrace.evaluation import agreement, bits_per_byte, items, ngrams, samples
 from headrace.evaluation import heldout as heldout_rows
 from headrace.evaluation.scorer import TransformersScorer
 from headrace.evaluation.text import TextEncoder
-from headrace.fp8.linear import Compute
+from headrace.fp8.gemms import Compute
+from headrace.fp8.numerics import Numerics
 
 Log = Callable[[str], None]
 SCHEMA = 1
@@ -58,7 +59,7 @@ def evaluate(
     config: EvaluateConfig,
     model: ModelConfig,
     sequence_length: int,
-    compute: Compute,
+    numerics: Numerics | Compute,
     dtype: str,
     out: Path,
     log: Log,
@@ -67,7 +68,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure everything, write the three files into the existing folder `out`, and return what `results.json` holds.
 
-    sequence_length: L of training; compute: precision of training; dtype: of the export (bf16 or fp32); seed: of
+    sequence_length: L of training; numerics: precision of training; dtype: of the export (bf16, fp8 or fp32); seed: of
     bootstrap and sampled text, never of the choice of rows and items. Raises `UserError` for an unknown task or
     malformed input, and `agreement.DisagreementError` where trained, reloaded and exported model differ.
     """
@@ -80,7 +81,7 @@ def evaluate(
         inputs.checkpoint_model_file,
         inputs.hub_folder,
         model,
-        compute,
+        numerics,
         dtype,
         scorer,
         inputs.final,
@@ -111,7 +112,7 @@ def evaluate(
         "identity": dict(inputs.identity),
         "settings": {
             "sequence_length": sequence_length,
-            "compute": compute,
+            "compute": Numerics.of(numerics).name,
             "dtype": dtype,
             "seed": seed,
             "device": device,

@@ -4,9 +4,12 @@ Two models speak it: the exported one, run by transformers (what a user of the H
 from the training checkpoint. Shapes: B rows, T targets, V vocabulary. `tokens[:, t]` is context for `tokens[:, t +
 1]`; causal attention makes padding on the right harmless, and no token is dropped by the router, so rows do not
 influence each other.
+
+An FP8 export is run with the values that its codes and scales stand for, dequantised by `conversion.hub_folder`.
+transformers can do that as well, but needs accelerate for it and misreads blocks at edges (docs/pipeline-stages.md).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,15 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.utils import logging
 
 from headrace.artifacts.tensors import load_tensors
 from headrace.config.schema import ModelConfig
-from headrace.conversion.hub_config import read_hub_config
+from headrace.conversion.hub_config import is_quantised, read_hub_config
+from headrace.conversion.hub_folder import open_hub_folder
 from headrace.conversion.mtp import mtp_loading
 from headrace.errors import UserError
-from headrace.fp8.linear import Compute
+from headrace.fp8.gemms import Compute
+from headrace.fp8.numerics import Numerics
 from headrace.model.transformer import Transformer
 
 _LOGITS = 1 << 22  # logits held at once: 16 MiB in FP32; on a CPU larger batches are slower (out of cache)
@@ -49,9 +54,16 @@ class TransformersScorer:
     def load(cls, folder: Path, device: str = "cpu") -> "TransformersScorer":
         """Load a Hub folder from disk, weights as FP32. Raises `UserError` where a tensor is missing or unknown."""
         with mtp_loading(read_hub_config(folder).num_hidden_layers), _without_progress_bar():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
+            if is_quantised(folder):
+                model, report = _load_dequantised(folder)
+            else:
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
         wrong = sorted(
             str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]
         )
@@ -75,6 +87,15 @@ class TransformersScorer:
         return (chosen - logits.logsumexp(-1)).cpu(), (logits.argmax(-1) == targets).cpu()
 
 
+def _load_dequantised(folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    del config.quantization_config
+    weights = {tensor.name: values for tensor, values in open_hub_folder(folder).values()}
+    return DeepseekV3ForCausalLM.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+
+
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
@@ -95,23 +116,27 @@ class TransformerScorer:
 
     @classmethod
     def load(
-        cls, path: Path, config: ModelConfig, compute: Compute, rounding: torch.dtype | None = None, device: str = "cpu"
+        cls, path: Path, config: ModelConfig, numerics: Numerics | Compute, device: str = "cpu"
     ) -> "TransformerScorer":
-        """Load a training checkpoint's model.safetensors.
+        """Load a training checkpoint's model.safetensors. Raises `UserError` as `of` does."""
+        return cls.of(load_tensors(path), path, config, numerics, device)
 
-        With `rounding` the parameters pass through that dtype, as the export stores them; buffers (the router's
-        selection bias) stay FP32, as the export keeps them. Raises `UserError` where tensors are missing, unknown or
-        misshapen.
-        """
-        model = Transformer(config, compute)
-        tensors = load_tensors(path)
-        if rounding is not None:
-            for name, _ in model.named_parameters():
-                tensors[name] = tensors[name].to(rounding).float()
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        source: Path,
+        config: ModelConfig,
+        numerics: Numerics | Compute,
+        device: str = "cpu",
+    ) -> "TransformerScorer":
+        """Our model with the FP32 `tensors` of `source`; `UserError` where some are missing, unknown or misshapen."""
+        model = Transformer(config, numerics)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
-            raise UserError(f"{path}: does not fit the model of this config: {' '.join(str(error).split())}") from None
+            problem = " ".join(str(error).split())
+            raise UserError(f"{source}: does not fit the model of this config: {problem}") from None
         return cls(model, device)
 
     @torch.inference_mode()

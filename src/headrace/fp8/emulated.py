@@ -1,9 +1,9 @@
 """Back end `reference`: FP8 with the exact numbers, on any device, by dequantising and multiplying.
 
 Every operand is quantised as `quantise.py` specifies and multiplied as `compute` dtype: with compute=fp32 the products
-are exact and only the order of FP32 additions differs from the specification (`gemm.matmul`); with compute=bf16 a
-dequantised value is rounded to BF16 once, which is exact where its scale is a power of two and else 2^-9 at most, a
-sixteenth of what rounding to E4M3 costs. This is emulation: it takes longer than BF16 and never less.
+are exact and only the order of FP32 additions differs from the specification (`specification.matmul`); with
+compute=bf16 a dequantised value is rounded to BF16 once, which is exact where its scale is a power of two and else 2^-8
+at most, a sixteenth of what rounding to E4M3 costs. This is emulation: it takes longer than BF16 and never less.
 
 Here alone tiles and accumulation can differ from the report's, for ablations (`Fp8Config`). With accumulation=hopper
 the products are added as Hopper's tensor cores add them (`accumulator.py`).
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from headrace.config.schema import Fp8Config
+from headrace.fp8.accumulator import matmul_hopper
 from headrace.fp8.gemms import Compute, Group, Role, add_product, dtype_of, multiply_rows, stacked
 from headrace.fp8.quantise import Quantised, QuantisedE5M6, quantise, quantise_e5m6
 
@@ -133,8 +134,6 @@ class ReferenceGemms:
         return y_SO
 
     def _hopper(self, a_MK: Tensor, b_NK: Tensor) -> Tensor:
-        from headrace.fp8.accumulator import matmul_hopper
-
         return matmul_hopper(a_MK.float(), b_NK.float(), self.config.promotion)
 
     def _rows(self, x_SI: Tensor, tile: tuple[int, int], scales: str) -> Rows:

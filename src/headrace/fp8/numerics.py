@@ -37,6 +37,11 @@ class Numerics:
         return Numerics(precision.compute, fp8, precision.recompute)
 
     @property
+    def name(self) -> str:
+        """fp8, bf16 or fp32."""
+        return "fp8" if self.fp8 else self.compute
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of activations between the GEMMs."""
         return dtype_of(self.compute)

@@ -19,6 +19,7 @@ from headrace.publication.facts import CardFacts, Measurement
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _TAGS = ("headrace", "deepseek_v3", "moe")
+_FORMATS = {"fp8": "FP8: E4M3 in blocks of 128 x 128 with FP32 scales, the rest in BF16"}
 
 
 class _Markdown(str):
@@ -38,7 +39,8 @@ def render(facts: CardFacts) -> str:
     environment.filters |= {"code": _code, "literal": _literal, "block": _block}
     baselines = list(dict.fromkeys(name for m in facts.measurements for name in m.baselines))
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    body = template.render(vars(facts) | {"baselines": baselines, "source": facts.repo_id or "path/to/this/folder"})
+    derived = {"baselines": baselines, "source": facts.repo_id or "path/to/this/folder"}
+    body = template.render(vars(facts) | derived | {"format": _FORMATS.get(facts.dtype, facts.dtype)})
     return f"---\n{metadata(facts).to_yaml()}\n---\n{body.rstrip()}\n"
 
 
@@ -50,7 +52,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         language=list(facts.languages) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*_TAGS, *facts.tags],
+        tags=[*_TAGS, *(["fp8"] if facts.dtype == "fp8" else []), *facts.tags],
         model_name=facts.title,
         eval_results=[_eval_result(m) for m in facts.measurements] or None,
     )

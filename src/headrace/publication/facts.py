@@ -48,7 +48,9 @@ class CardFacts:
     seconds: float  # of the whole training
     hardware: str
     precision: str  # of training
-    dtype: str  # of the published weights
+    dtype: str  # of the published weights: fp8, bf16 or fp32
+    weight_bytes: int  # of the published weights
+    cuts_blocks: bool  # whether they are FP8 with blocks that transformers cannot dequantise
     optimizer: str
     sources: Sequence[DataSource]
     measurements: Sequence[Measurement]

@@ -33,7 +33,10 @@ def trained_state(run: Run) -> dict[str, Any]:
 def body(run: Run) -> Outcome:
     """Export, then read everything back by another path and compare."""
     source, config = model_file(run), run.config.convert
-    made = export(source, run.config.model, run.input("tokenizer"), run.output, config.dtype, config.max_shard_bytes)
+    tokenizer = run.input("tokenizer")
+    made = export(
+        source, run.config.model, tokenizer, run.output, config.dtype, config.max_shard_bytes, config.unaligned
+    )
     verify_export(run.output, source, run.config.model)
     summary = {"tensors": made.tensors, "shards": made.shards, "bytes": made.total_size, "dtype": config.dtype}
     line = f"{made.tensors:,} tensors, {made.total_size / 1e6:,.1f} MB in {config.dtype.upper()}, verified"

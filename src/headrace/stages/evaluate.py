@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from headrace.artifacts.files import read_json
 from headrace.evaluation.evaluate import Inputs, evaluate
+from headrace.fp8.numerics import Numerics
 from headrace.launch.device import resolve, use_threads
 from headrace.stages import provenance
 from headrace.stages.convert import model_file, trained_state
@@ -42,7 +43,7 @@ def body(run: Run) -> Outcome:
         config.evaluate,
         config.model,
         config.recipe.sequence_length,
-        config.precision.compute,
+        Numerics.resolve(config.precision, device),
         config.convert.dtype,
         run.output,
         run.log.info,

@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headrace.artifacts.files import read_json
+from headrace.artifacts.files import read_json, write_json
 from headrace.checkpoint import store
 from headrace.errors import UserError
+from headrace.fp8.numerics import describe
 from headrace.launch.deadline import StopRequested
 from headrace.launch.device import resolve, use_threads
 from headrace.planning.flops import training_flops
@@ -14,6 +15,8 @@ from headrace.stages.run import Door, Outcome, Run, main
 from headrace.training.progress import progress_on
 from headrace.training.rows import open_rows
 from headrace.training.trainer import Place, Trainer, Watchers, build_model
+
+FORMATS = "formats.json"  # the table "what runs in which format"
 
 
 def checkpoints(run_folder: Path) -> Path:
@@ -27,6 +30,9 @@ def body(run: Run) -> Outcome:
     device = resolve(config.launch.device)
     threads = use_threads(config.launch.threads)
     run.log.info("device %s (launch.device=%s), %d threads", device, config.launch.device, threads)
+    formats = describe(config.precision, device)
+    for row in formats:
+        run.log.info("%s: %s", row["what"].strip(), row["format"])
     flops = training_flops(config.model, config.recipe.sequence_length, mtp=bool(config.model.num_nextn_predict_layers))
     source = _source(run)
     place = Place(checkpoints(run.folder), run.place.fingerprint, device, flops, source, _same_rows(run, source))
@@ -39,6 +45,7 @@ def body(run: Run) -> Outcome:
     if not end.finished:
         raise StopRequested(f"{end.reason}, saved at step {end.step}")
     trainer.write_results(run.output)
+    write_json(run.output / FORMATS, formats)
     facts = trainer.summary()
     summary = {key: facts[key] for key in ("steps", "tokens", "loss", "validation_loss", "tokens_per_second", "mfu")}
     losses = f"loss {_shown(facts['loss'])}, validation {_shown(facts['validation_loss'])}"

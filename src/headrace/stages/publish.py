@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from headrace.artifacts.files import read_json, write_json
+from headrace.conversion.export import INDEX
+from headrace.conversion.fp8_layout import cuts_blocks, fp8_weights
 from headrace.conversion.hub_config import CONFIG
+from headrace.conversion.names import hub_tensors
 from headrace.errors import UserError
 from headrace.planning.parameters import count
 from headrace.publication.facts import CardFacts, DataSource, Measurement
@@ -54,7 +57,7 @@ def card_facts(run: Run) -> CardFacts:
     )
     results = read_json(run.input("evaluate") / "results.json")
     trained = read_json(run.parents["pretrain"].folder / "provenance.json")
-    seen = trained_state(run)
+    seen, tensors = trained_state(run), hub_tensors(config.model)
     return CardFacts(
         title=config.publish.title,
         license=config.publish.license,
@@ -69,8 +72,11 @@ def card_facts(run: Run) -> CardFacts:
         flops=seen["tokens"] * training["flops_per_token"],
         seconds=seen["seconds"],
         hardware=f"{trained['machine']['processor']}, {training['threads']} threads, {training['device']}",
-        precision=training["compute"],
+        precision=training["precision"],
         dtype=config.convert.dtype,
+        weight_bytes=read_json(run.input("convert") / INDEX)["metadata"]["total_size"],
+        cuts_blocks=config.convert.dtype == "fp8"
+        and cuts_blocks(tensors, fp8_weights(tensors, config.convert.unaligned)),
         optimizer=config.recipe.optimizer.name,
         sources=list(data_sources(corpus)),
         measurements=list(measurements(results)),

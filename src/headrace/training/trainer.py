@@ -210,6 +210,7 @@ class Trainer:
             "gemm_peak_flops": self._peak,
             "flops_per_token": self._place.flops_per_token,
             "compute": self._config.precision.compute,
+            "precision": "fp8" if self._config.precision.fp8 else self._config.precision.compute,
             "device": self._place.device.type,
             "threads": torch.get_num_threads(),
         }

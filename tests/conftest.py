@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    path = Path(__file__).resolve().parents[2] / "kernels" / "interpreter.py"
+    path = Path(__file__).resolve().parents[1] / "kernels" / "interpreter.py"
     specification = importlib.util.spec_from_file_location("kernels_interpreter", path)
     assert specification is not None
     assert specification.loader is not None
