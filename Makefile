@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake
+# Kernels are also compiled with the newest Triton, ahead of the one that torch names (tests/kernels).
+NEWEST_TRITON := 3.9.0
 
 .PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-overhead bench-seeds
 
@@ -14,6 +16,7 @@ setup: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headrace needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	test "$$(uname -s)" != Linux || $(BIN)/pip install --quiet --no-deps --target .venv/triton-newest --upgrade triton==$(NEWEST_TRITON)
 	touch $@
 
 test: setup

@@ -54,15 +54,18 @@ def main() -> None:
     print(f"torch {torch.__version__}, {arguments.threads} threads, load average before the run {load_before:.2f}")
     times = step_times(model, 2 if arguments.quick else arguments.steps)
     kept = {case.name: kept_bytes(model, case.precision, tokens) for case in cases()}
-    print_tables(times, kept, tokens)
+    layer = v3_layer(quick=arguments.quick)
+    kept_v3 = {case.name: kept_bytes(layer, case.precision, 1152) for case in cases()}
+    print_tables(times, kept, kept_v3)
     ratios = {
         "step": times["FP8, recomputation"] / times["BF16"],
-        "kept, equal recomputation": kept["FP8, recomputation"] / kept["BF16, recomputation"],
-        "kept, no recomputation": kept["FP8, recomputation"] / kept["BF16, nothing computed again"],
+        **{f"kept, {name}": value for name, value in memory_ratios(kept).items()},
+        **{f"kept by a V3 layer, {name}": value for name, value in memory_ratios(kept_v3).items()},
     }
     summary = {
-        "benchmark": "fp8", "quick": arguments.quick, "threads": arguments.threads, "load_before": load_before,
-        "load_after": os.getloadavg()[0], "seconds": times, "kept_bytes": kept, "ratios": ratios, "aims": AIMS,
+        "benchmark": "fp8", "quick": arguments.quick, "threads": arguments.threads,
+        "load_before": load_before, "load_after": os.getloadavg()[0], "seconds": times,
+        "kept_bytes": kept, "kept_bytes_v3_layer": kept_v3, "ratios": ratios, "aims": AIMS,
     }  # fmt: skip
     print(json.dumps(summary))
 
@@ -141,20 +144,36 @@ def kept_bytes(config: ModelConfig, precision: PrecisionConfig, tokens: int) -> 
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def print_tables(times: dict[str, float], kept: dict[str, int], tokens: int) -> None:
-    """Both figures with their ratios to BF16."""
-    print(f"\n{'':36}{'step':>10}{'ratio':>8}   {'kept':>11}{'of BF16 as trained':>20}{'of all kept':>13}")
-    whole, equal = kept["BF16, nothing computed again"], kept["BF16"]
+def v3_layer(quick: bool) -> ModelConfig:
+    """One mixture-of-experts layer of V3 at its widths, 16 experts instead of 256 and a small vocabulary."""
+    config = load(["model=v3_671b"]).model
+    narrow = {"hidden_size": 896, "q_lora_rank": 192, "kv_lora_rank": 64, "moe_intermediate_size": 256} if quick else {}
+    return dataclasses.replace(
+        config, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=16, n_group=1, topk_group=1,
+        num_nextn_predict_layers=0, vocab_size=1024, num_attention_heads=16 if quick else 128, **narrow,
+    )  # fmt: skip
+
+
+def memory_ratios(kept: dict[str, int]) -> dict[str, float]:
+    """FP8 against BF16 with the same recomputation, and against BF16 with none."""
+    fp8 = kept["FP8, recomputation"]
+    return {
+        "equal recomputation": fp8 / kept["BF16, recomputation"],
+        "no recomputation": fp8 / kept["BF16, nothing computed again"],
+    }
+
+
+def print_tables(times: dict[str, float], kept: dict[str, int], kept_v3: dict[str, int]) -> None:
+    """Time, and bytes kept by the layers of the whole model and by one layer of V3's widths."""
+    print(f"\n{'':34}{'step':>10}{'of BF16':>9}{'kept':>13}{'V3 layer keeps':>19}")
     for name, seconds in times.items():
-        print(
-            f"{name:36}{seconds:>9.3f}s{seconds / times['BF16']:>7.2f}x   {kept[name] / 1e6:>8.1f} MB"
-            f"{kept[name] / equal:>19.2f}x{kept[name] / whole:>12.2f}x"
-        )
-    same = kept["FP8, recomputation"] / kept["BF16, recomputation"]
-    print(
-        f"\nkept by the layers for {tokens} tokens: FP8 against BF16 with equal recomputation {same:.3f}x (aim 0.75x),"
-    )
-    print(f"against BF16 with nothing computed again {kept['FP8, recomputation'] / whole:.3f}x (aim 0.35x)\n")
+        ratio = f"{seconds / times['BF16']:.2f}x"
+        print(f"{name:34}{seconds:>9.3f}s{ratio:>9}{kept[name] / 1e6:>10.1f} MB{kept_v3[name] / 1e6:>16.1f} MB")
+    print(f"\n{'FP8 keeps, against BF16 with':34}{'aim':>10}{'':9}{'':3}{'this model':>10}{'V3 layer':>19}")
+    for name, aim in AIMS.items():
+        ours, v3 = memory_ratios(kept)[name], memory_ratios(kept_v3)[name]
+        print(f"{name:34}{aim:>9.2f}x{'':12}{ours:>9.3f}x{v3:>18.3f}x")
+    print()
 
 
 if __name__ == "__main__":
