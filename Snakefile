@@ -4,6 +4,7 @@
 #   snakemake evaluate                            one stage and what it needs
 #   snakemake --config experiment=tiny            another run (targets come before --config)
 #   snakemake --config set="recipe.learning_rate.peak=2e-3"
+#   snakemake precision_study                     FP8 against BF16 with paired seeds; not part of the whole
 #   snakemake -n                                  what would run, and why
 from snakemake.utils import min_version
 
@@ -28,5 +29,6 @@ include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/convert.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/publish.smk"
+include: "workflow/rules/precision_study.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/sync.smk"

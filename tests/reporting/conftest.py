@@ -15,6 +15,7 @@ from headrace.reporting.facts import (
     Estimate,
     Evaluation,
     ExpertLoad,
+    PrecisionStudy,
     Publication,
     ReportFacts,
     Sample,
@@ -22,6 +23,9 @@ from headrace.reporting.facts import (
     Source,
     Split,
     Stage,
+    StudyAblation,
+    StudyDifference,
+    StudyRun,
     Task,
     Training,
 )
@@ -290,4 +294,55 @@ def _data() -> Data:
         refused={"certifi": "MPL-2.0 is not in corpus.licences", "mystery": "declares no licence"},
         vocabulary=4096,
         tokenizer_engine="fastokens 0.3.5",
+    )
+
+
+WHERE = "cpu, <b>2</b> threads"
+TOKENS = [float(2048 * step) for step in range(1, 401)]
+
+
+def wandering(seed: int, ends_at: float) -> tuple[tuple[float, float], ...]:
+    noise, value, points = random.Random(seed), 0.0, []
+    for i, x in enumerate(TOKENS):
+        value = 0.9 * value + noise.gauss(0, 2e-4)
+        points.append((x, value + ends_at * i / 400))
+    return tuple(points)
+
+
+@pytest.fixture(scope="session")
+def demo_study() -> PrecisionStudy:
+    """A study as it might be: three pairs, three ablations of which one diverged."""
+    each = tuple(wandering(seed, end) for seed, end in enumerate((0.0009, 0.0004, -0.0002)))
+    mean = tuple((x, sum(curve[i][1] for curve in each) / 3) for i, x in enumerate(TOKENS))
+    return PrecisionStudy(
+        baseline="BF16",
+        candidate="FP8",
+        pairs=3,
+        steps=400,
+        tokens=819_200,
+        smoothing=0.9,
+        line=0.0025,
+        verdict="within",
+        differences=(
+            StudyDifference("training loss, second half", Estimate(0.0005, -0.0004, 0.0014), (0.0009, 0.0004, 0.0002)),
+            StudyDifference("training loss, last step", Estimate(0.0012, -0.0019, 0.0043), (0.0031, 0.0004, 0.0001)),
+            StudyDifference("validation loss, end", None, (0.0009, None, 0.0002)),
+        ),
+        largest=0.0017,
+        spread=0.006,
+        mean=mean,
+        band=tuple((x, y - 0.0011, y + 0.0011) for x, y in mean),
+        each=each,
+        ablations=(
+            StudyAblation("no_promotion", 0.0041, 0.005, 0.0047, None, wandering(7, 0.005)),
+            StudyAblation("per_tensor", 0.0012, 0.0008, 0.001, None, wandering(8, 0.001)),
+            StudyAblation("block_gradients", None, None, None, 301, wandering(9, 0.02)[:300]),
+        ),
+        runs=tuple(
+            StudyRun(f"pair-{pair}-{role}", name, f"init {pair}, data {pair}", 4.2, 0, None, 130.0, 6_302.0, WHERE)
+            for pair in range(3)
+            for role, name in (("baseline", "BF16"), ("candidate", "FP8"))
+        ),
+        formats=(("linear layers", "BF16", "E4M3"), ("router", "FP32", "FP32")),
+        source="precision_study/0123456789ab/artifact/study.json",
     )

@@ -2,12 +2,13 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from headrace.reporting.facts import ReportFacts
+from headrace.reporting.facts import PrecisionStudy, ReportFacts
 from headrace.reporting.page import write_report
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", shutil.which("chromium"), shutil.which("chromium-browser"),
@@ -78,9 +79,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def address(demo_facts: ReportFacts, tmp_path_factory: pytest.TempPathFactory) -> str:
+def address(demo_facts: ReportFacts, demo_study: PrecisionStudy, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_report(demo_facts, path)
+    write_report(replace(demo_facts, study=demo_study), path)
     return path.as_uri()
 
 

@@ -10,9 +10,18 @@ from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import write_json
 from headrace.config.compose import load
 from headrace.errors import UserError
+from headrace.evaluation.precision import study_facts
 from headrace.recipe.schedule import Schedule as Plan
 from headrace.reporting.facts import Baseline, Difference, Estimate
-from headrace.reporting.read import differences, planned, read_data, read_evaluation, read_stage, read_training
+from headrace.reporting.read import (
+    differences,
+    planned,
+    read_data,
+    read_evaluation,
+    read_stage,
+    read_study,
+    read_training,
+)
 from headrace.training.history import shares
 
 CONFIG = load(["experiment=tiny"])
@@ -183,6 +192,32 @@ def test_evaluation(tmp_path: Path) -> None:
     assert facts.bits_per_byte[0].baselines["bigram"].difference == Estimate(-0.4, -0.5, pytest.approx(-0.3))
     assert (facts.tasks[0].name, facts.tasks[0].chance, facts.agreement[0].limit) == ("puzzles", 0.25, None)
     assert facts.samples[0].prompt == "a\u2028b"
+
+
+def test_study(tmp_path: Path) -> None:
+    def run(role: str, pair: int, losses: list[float | None], stopped: int | None = None) -> dict[str, Any]:
+        facts = {"skipped_steps": 0, "seconds": 2.5, "tokens_per_second": 800.0, "device": "cpu", "threads": 2}
+        name = f"pair-{pair}-{role}" if pair >= 0 else f"ablation-{role}"
+        return {
+            **facts, "name": name, "role": role, "pair": max(pair, 0), "losses": losses, "validation_loss": losses[-1],
+            "diverged_at": stopped, "format": "BF16" if role == "baseline" else "FP8",
+            "seed": {"init": pair, "data": 9}, "machine": {"processor": "abacus", "host": "mill"},
+        }  # fmt: skip
+
+    runs = [run("baseline", 0, [8.0, 2.0]), run("candidate", 0, [8.0, 2.1]), run("baseline", 1, [8.0, 4.0]),
+            run("candidate", 1, [8.0, 4.0]), run("per_tensor", -1, [8.0], 2)]  # fmt: skip
+    facts = study_facts(runs, 0.0, 2, 1000)
+    write_json(tmp_path / "study.json", {**facts, "formats": [["layers", "BF16", "E4M3"]]})
+    study = read_study(tmp_path, "there")
+    assert study.differences[0].measure == "training loss, second half"
+    assert study.differences[0].each == pytest.approx((0.05, 0.0))
+    assert study.differences[0].mean is not None and study.differences[0].mean.value == pytest.approx(0.025)
+    assert study.each[0] == ((1000.0, 0.0), (2000.0, pytest.approx(0.05)))
+    assert [x for x, _, _ in study.band] == [1000.0, 2000.0]
+    assert study.ablations[0].points == ((1000.0, 0.0),)
+    assert (study.ablations[0].name, study.ablations[0].diverged_at) == ("per_tensor", 2)
+    assert study.runs[2].seeds == "init 1, data 9" and study.runs[2].where == "cpu, 2 threads, abacus (mill)"
+    assert (study.formats, study.source, study.tokens) == ((("layers", "BF16", "E4M3"),), "there", 2000)
 
 
 def test_stage(tmp_path: Path) -> None:

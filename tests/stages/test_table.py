@@ -8,7 +8,15 @@ import pytest
 from headrace.config.compose import load
 from headrace.errors import UserError
 from headrace.stages import table
-from headrace.stages.table import MACHINE_GROUPS, NAMES, STAGES, fingerprints, readable_groups, stage_named
+from headrace.stages.table import (
+    MACHINE_GROUPS,
+    NAMES,
+    STAGES,
+    fingerprints,
+    parents_of,
+    readable_groups,
+    stage_named,
+)
 
 SOURCES = "0" * 64
 
@@ -25,18 +33,20 @@ def changed(*words: str) -> set[str]:
         ("tokenizer.sample_bytes=5", "tokenizer"),
         ("tokens.shards=3", "tokenize"),
         ("tokens.shards_per_job=2", "tokenize"),
-        ("recipe.learning_rate.peak=2e-3", "pretrain"),
-        ("model.n_routed_experts=8", "pretrain"),
+        ("recipe.learning_rate.peak=2e-3", ("pretrain", "precision_study")),
+        ("model.n_routed_experts=8", ("pretrain", "precision_study")),
         ("precision=fp32", "pretrain"),
-        ("seed.init=1", "pretrain"),
-        ("train.from=0123456789ab@5", "pretrain"),
+        ("seed.init=1", ("pretrain", "precision_study")),
+        ("train.from=0123456789ab@5", ("pretrain", "precision_study")),
+        ("study.tokens=5", "precision_study"),
+        ("precision@study.candidate=fp32", "precision_study"),
         ("convert.dtype=fp32", "convert"),
         ("evaluate.tasks=[reasoning_gym]", "evaluate"),
         ("publish.repo_id=me/model", "publish"),
     ],
 )
-def test_a_changed_value_changes_its_stage_and_what_follows(word: str, first: str) -> None:
-    following = {first}
+def test_a_changed_value_changes_its_stage_and_what_follows(word: str, first: str | tuple[str, ...]) -> None:
+    following = {first} if isinstance(first, str) else set(first)
     for row in STAGES:
         if following & set(row.parents):
             following.add(row.name)
@@ -86,7 +96,20 @@ def test_a_raised_version_changes_the_stage_and_what_follows(monkeypatch: pytest
 
 
 def test_parents_stand_above_and_see_no_more_than_they_hash() -> None:
-    for index, row in enumerate(STAGES):
-        assert set(row.parents) <= set(NAMES[:index])
-    assert "evaluate" not in readable_groups(stage_named("pretrain"))
-    assert {"corpus", "tokens", "recipe", "launch"} <= readable_groups(stage_named("evaluate"))
+    for config in (load(), load(["study.in_report=true"])):
+        for index, row in enumerate(STAGES):
+            assert set(parents_of(row, config)) <= set(NAMES[:index])
+    assert "evaluate" not in readable_groups(stage_named("pretrain"), load())
+    assert "precision" not in readable_groups(stage_named("precision_study"), load())
+    assert {"corpus", "tokens", "recipe", "launch"} <= readable_groups(stage_named("evaluate"), load())
+
+
+def test_the_report_reads_the_study_only_where_it_is_asked_to() -> None:
+    assert changed("study.in_report=true") == {"report"}, "who reads the study does not change the study"
+    report, asked = stage_named("report"), load(["study.in_report=true"])
+    assert "precision_study" not in parents_of(report, load())
+    assert "precision_study" in parents_of(report, asked)
+    assert ("study" in readable_groups(report, load()), "study" in readable_groups(report, asked)) == (False, True)
+    before = fingerprints(asked, SOURCES)
+    after = fingerprints(load(["study.in_report=true", "study.tokens=5"]), SOURCES)
+    assert {name for name in NAMES if before[name] != after[name]} == {"precision_study", "report"}

@@ -7,6 +7,7 @@ rule report:
         convert=graph.done("convert"),
         evaluate=graph.done("evaluate"),
         publish=graph.done("publish"),
+        precision_study=graph.study(),
     output:
         done=graph.done("report"),
         html=report(
@@ -27,4 +28,4 @@ rule report:
     message:
         "report: figures and tables of the whole run"
     shell:
-        graph.report_command()
+        graph.page_command("report", "report.html")

@@ -20,14 +20,16 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """One series; `tone` 1..4 picks the page's colour, `noisy` adds the running mean."""
+    """One series; `tone` 1..5 picks the page's colour (5 is grey), `noisy` adds the running mean."""
 
-    label: str
+    label: str  # empty: not named
     points: Points
     tone: int
     noisy: bool = False
     dots: bool = False  # few measurements: mark each
     step: bool = False  # the value holds until the next point
+    faint: bool = False  # one of several behind what they come to
+    band: Sequence[tuple[float, float, float]] = ()  # (x, low, high), shaded
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,13 @@ def draw_lines(chart: LineChart, width: float) -> Markup:
     lines = [Line(**{**line.__dict__, "points": finite(line.points)}) for line in chart.lines]
     lines = [line for line in lines if line.points]
     xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
+    ys = [y for line in lines for _, y in line.points] + [y for line in lines for edge in line.band for y in edge[1:]]
     wide = width >= WIDE
     logarithmic = _wants_logarithm(ys) if chart.logarithmic is None else chart.logarithmic
-    direct = wide and len(lines) > 1
-    right = width - (max(label_width(line.label) for line in lines) + 18 if direct else 8)
-    key = [] if direct or len(lines) < 2 else _key(lines, right)
+    named = [line for line in lines if line.label]
+    direct = wide and len(named) > 1
+    right = width - (max(label_width(line.label) for line in named) + 18 if direct else 8)
+    key = [] if direct or len(named) < 2 else _key(named, right)
     top, bottom = 30.0 + (18.0 * len({y for _, y, _, _ in key})), chart.height - 42
     left = 12 + max(label_width(chart.write_y(tick)) for tick in _y_scale(ys, chart, logarithmic, bottom, top).ticks(5))
     y_scale = _y_scale(ys, chart, logarithmic, bottom, top)
@@ -94,7 +97,7 @@ def draw_lines(chart: LineChart, width: float) -> Markup:
     for line in lines:
         parts += _series(line, x_scale, y_scale)
     if direct:
-        parts += _direct_labels(lines, x_scale, y_scale, top, bottom)
+        parts += _direct_labels(named, x_scale, y_scale, top, bottom)
     for x, y, line, _ in key:
         parts.append(element("path", d=f"M{x} {y - 4}h14", class_=f"line tone{line.tone}"))
         parts.append(text(x + 19, y, line.label, class_=f"ink{line.tone}"))
@@ -124,11 +127,20 @@ def _series(line: Line, x_scale: Scale, y_scale: Scale) -> list[Markup]:
 
     points = line.points
     tone = f"tone{line.tone}"
-    parts = [path(pixels(points), f"line faint {tone}")] if is_smoothed(line) else []
-    parts.append(path(pixels(_trend(line)), f"line {tone}"))
+    parts = [_shade(line, x_scale, y_scale)] if line.band else []
+    parts += [path(pixels(points), f"line faint {tone}")] if is_smoothed(line) else []
+    parts.append(path(pixels(_trend(line)), f"line faint {tone}" if line.faint else f"line {tone}"))
     if line.dots or len(points) == 1:
         parts += [element("circle", cx=x, cy=y, r=2.6, class_=f"dot {tone}") for x, y in pixels(points)]
     return parts
+
+
+def _shade(line: Line, x_scale: Scale, y_scale: Scale) -> Markup:
+    every = max(1, len(line.band) // 220)
+    kept = [*line.band[:-1:every], line.band[-1]]
+    lows = [(x_scale(x), y_scale(low)) for x, low, _ in kept]
+    highs = [(x_scale(x), y_scale(high)) for x, _, high in reversed(kept)]
+    return path(lows + highs, f"band tone{line.tone}")
 
 
 def is_smoothed(line: Line) -> bool:

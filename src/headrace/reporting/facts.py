@@ -188,6 +188,66 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class StudyDifference:
+    """Candidate against baseline by one measure, relative: the mean over pairs, and each pair; None: a run diverged."""
+
+    measure: str
+    mean: Estimate | None
+    each: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class StudyAblation:
+    """The candidate with one change against the first pair's baseline, relative; None past a divergence."""
+
+    name: str
+    second_half: float | None
+    end: float | None
+    validation: float | None
+    diverged_at: int | None  # step
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One trained run of the precision study."""
+
+    name: str
+    format: str
+    seeds: str
+    validation_loss: float | None  # nats per token, at the end
+    skipped_steps: int
+    diverged_at: int | None
+    seconds: float
+    tokens_per_second: float
+    where: str
+
+
+@dataclass(frozen=True)
+class PrecisionStudy:
+    """The precision_study stage. Differences and spread are fractions of the baseline's loss."""
+
+    baseline: str
+    candidate: str
+    pairs: int
+    steps: int
+    tokens: int  # of each run
+    smoothing: float
+    line: float
+    verdict: str  # "within", "mean within", "beyond", "diverged"
+    differences: tuple[StudyDifference, ...]  # the headline's first
+    largest: float | None  # of the mean over pairs, over the second half
+    spread: float | None  # over the baseline's seeds
+    mean: tuple[Point, ...]
+    band: tuple[tuple[float, float, float], ...]  # (tokens, low, high)
+    each: tuple[tuple[Point, ...], ...]  # by pair
+    ablations: tuple[StudyAblation, ...]
+    runs: tuple[StudyRun, ...]
+    formats: tuple[tuple[str, str, str], ...]  # what, its format in the baseline, its format in the candidate
+    source: str  # the file behind the figures
+
+
+@dataclass(frozen=True)
 class Publication:
     """The converted model and where it went."""
 
@@ -228,3 +288,4 @@ class ReportFacts:
     versions: Mapping[str, str]  # package -> version
     machine: Mapping[str, str]  # "processor", "memory", "operating system", ...
     code: Mapping[str, str]  # "commit", "work tree"
+    study: PrecisionStudy | None = None  # None: this report was not asked to show one

@@ -43,7 +43,7 @@ def dag_figure(facts: ReportFacts) -> Figure:
         f"The {len(facts.stages)} stages in running order, their fingerprints, what each made and how long it took "
         f"({duration(total)} together); strong lines are direct inputs, thin ones are read as well."
     )
-    return _twice(lambda width: draw_dag(facts.stages, width), caption, "stage.json and manifest.json of each stage")
+    return twice(lambda width: draw_dag(facts.stages, width), caption, "stage.json and manifest.json of each stage")
 
 
 def loss_figure(training: Training, source: str) -> Figure | None:
@@ -55,7 +55,7 @@ def loss_figure(training: Training, source: str) -> Figure | None:
     )
     strokes = "faint as logged, strong as a running mean; " if any(map(is_smoothed, lines)) else ""
     caption = f"Loss per token over training tokens; {strokes}validation is measured on text that is not trained on"
-    return _curve(LineChart("Loss over training tokens", "loss, nats per token", lines, height=330), caption, source)
+    return curve(LineChart("Loss over training tokens", "loss, nats per token", lines, height=330), caption, source)
 
 
 def schedule_figures(training: Training, source: str) -> list[Figure]:
@@ -77,7 +77,7 @@ def _is_constant(schedule: Schedule) -> bool:
 def _schedule(schedule: Schedule, source: str) -> Figure | None:
     line = Line(schedule.name, schedule.points, 1, step=_is_staircase(schedule))
     chart = LineChart(f"{schedule.name} over training tokens", schedule.name, (line,), zero=True, height=210, half=True)
-    return _curve(chart, f"Planned {schedule.name} over training tokens", source)
+    return curve(chart, f"Planned {schedule.name} over training tokens", source)
 
 
 def _is_staircase(schedule: Schedule) -> bool:
@@ -94,7 +94,7 @@ def expert_figures(training: Training, source: str) -> list[Figure]:
             "no colour is balanced, blue is starved, orange is crowded "
             f"(full at {plain(colour_limit(load), 2)} times the mean)."
         )
-        figures.append(_twice(lambda width: draw_heatmap(load, width), caption, source))
+        figures.append(twice(lambda width: draw_heatmap(load, width), caption, source))
     if load is not None and load.max_violation:
         lines = (Line("MaxVio", load.max_violation, 1, noisy=True),)
         chart = LineChart("MaxVio over training tokens", "MaxVio", lines, zero=True, height=220)
@@ -102,7 +102,7 @@ def expert_figures(training: Training, source: str) -> list[Figure]:
             "MaxVio, the excess of the most loaded expert over the mean (averaged over layers), over training tokens; "
             "0 is perfect balance"
         )
-        figure = _curve(chart, caption, source)
+        figure = curve(chart, caption, source)
         figures += [figure] if figure else []
     return figures
 
@@ -118,8 +118,8 @@ def throughput_figures(training: Training, source: str) -> list[Figure]:
     use = chart("model FLOPs utilisation", "MFU, share of the GEMM peak", "mfu", 3, percent)
     peak = f" of {plain(training.gemm_peak_flops / 1e9)} GFLOP/s" if training.gemm_peak_flops else ""
     figures = (
-        _curve(speed, "Tokens per second over training tokens", source),
-        _curve(
+        curve(speed, "Tokens per second over training tokens", source),
+        curve(
             use,
             f"Model FLOPs utilisation over training tokens, against the GEMM peak{peak} measured at the start",
             source,
@@ -132,7 +132,7 @@ def gradient_figure(training: Training, source: str) -> Figure | None:
     """Gradient norm before clipping."""
     lines = (Line("gradient norm", training.curves.get("gradient_norm", ()), 1, noisy=True),)
     chart = LineChart("Gradient norm", "global gradient norm", lines, logarithmic=None, height=220)
-    return _curve(chart, "Global norm of the gradient before clipping, over training tokens", source)
+    return curve(chart, "Global norm of the gradient before clipping, over training tokens", source)
 
 
 def standing_figure(score: BitsPerByte, source: str) -> Figure:
@@ -147,7 +147,7 @@ def standing_figure(score: BitsPerByte, source: str) -> Figure:
         f"Bits per byte on {exact(score.documents)} held-out documents: the model with its 95 % interval "
         "(bootstrap over documents) among models estimated on the same training text, and the compressor xz."
     )
-    return _twice(lambda width: draw_whiskers(chart, width), caption, source)
+    return twice(lambda width: draw_whiskers(chart, width), caption, source)
 
 
 def kinds_figure(evaluation: Evaluation, source: str) -> Figure | None:
@@ -165,7 +165,7 @@ def kinds_figure(evaluation: Evaluation, source: str) -> Figure | None:
         "Bits per byte by kind of held-out text, with 95 % intervals from a bootstrap over documents, "
         "beside the baselines on the same text."
     )
-    return _twice(lambda width: draw_whiskers(chart, width), caption, source)
+    return twice(lambda width: draw_whiskers(chart, width), caption, source)
 
 
 def task_figures(evaluation: Evaluation, source: str) -> list[Figure]:
@@ -185,7 +185,7 @@ def _tasks(metric: str, tasks: Sequence[Task], source: str) -> Figure:
     chart = WhiskerChart(f"Task scores: {metric}", f"{metric}, {better}", rows, names, (4,), domain=_unit_domain(tasks))
     against = ", beside the level of chance" if names else ""
     caption = f"Task scores as {metric} with 95 % intervals{against}."
-    return _twice(lambda width: draw_whiskers(chart, width), caption, source)
+    return twice(lambda width: draw_whiskers(chart, width), caption, source)
 
 
 def _unit_domain(tasks: Sequence[Task]) -> tuple[float, float] | None:
@@ -221,16 +221,16 @@ def _list(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _curve(chart: LineChart, caption: str, source: str) -> Figure | None:
+def curve(chart: LineChart, caption: str, source: str) -> Figure | None:
     """None where there is not one finite point; otherwise what could not be drawn is said in the caption."""
     drawn = [line for line in chart.lines if finite(line.points)]
     if not drawn:
         return None
     lost = sum(len(line.points) - len(finite(line.points)) for line in chart.lines)
     note = f"; {lost} values were not finite and are not drawn." if lost else "."
-    numbers = tuple(_summary(line, chart.write_y) for line in drawn)
+    numbers = tuple(_summary(line, chart.write_y) for line in drawn if line.label)
     columns = ("series", "points", "first", "lowest", "highest", "last")
-    return _twice(lambda width: draw_lines(chart, width), caption + note, source, columns, numbers, half=chart.half)
+    return twice(lambda width: draw_lines(chart, width), caption + note, source, columns, numbers, half=chart.half)
 
 
 def _summary(line: Line, write: Callable[[float], str]) -> tuple[str, ...]:
@@ -238,7 +238,7 @@ def _summary(line: Line, write: Callable[[float], str]) -> tuple[str, ...]:
     return (line.label, exact(len(values)), *(write(v) for v in (values[0], min(values), max(values), values[-1])))
 
 
-def _twice(
+def twice(
     draw: Callable[[float], Markup],
     caption: str,
     source: str,

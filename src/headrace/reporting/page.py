@@ -1,7 +1,7 @@
-"""`report.html`: one file with everything inside, no script, and no request to anywhere.
+"""`report.html` and the precision study's page: one file with everything inside, no script, no request to anywhere.
 
-The template and the style sheet lie beside this module. Jinja escapes all text, figures are built of escaped parts, and
-a content security policy forbids every load but embedded images: text that slipped through would fetch nothing.
+The templates and the style sheet lie beside this module. Jinja escapes all text, figures are built of escaped parts,
+and a content security policy forbids every load but embedded images: text that slipped through would fetch nothing.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ import yaml
 from markupsafe import Markup
 
 from headrace.artifacts.files import write_atomic
-from headrace.reporting import figures, quantities
-from headrace.reporting.facts import BitsPerByte, ReportFacts
+from headrace.reporting import figures, precision, quantities
+from headrace.reporting.facts import BitsPerByte, PrecisionStudy, ReportFacts
 
 _HERE = Path(__file__).parent
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
@@ -22,6 +22,20 @@ NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
 def render(facts: ReportFacts) -> str:
     """The whole page as HTML; equal facts give equal text."""
+    return _template("report.html.j2").render(facts=facts, style=_style(), **_context(facts))
+
+
+def write_report(facts: ReportFacts, path: Path) -> None:
+    """Render and publish the page atomically; characters that UTF-8 cannot hold become '?'."""
+    _write(render(facts), path)
+
+
+def write_study(study: PrecisionStudy, path: Path) -> None:
+    """The precision study alone, as a page of its own."""
+    _write(_template("precision.html.j2").render(precision=precision.section(study), style=_style()), path)
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -35,13 +49,15 @@ def render(facts: ReportFacts) -> str:
         visible=visible, written=_written,
     )  # fmt: skip
     environment.globals["interval"] = _unbroken(quantities.interval)
-    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))  # noqa: S704  our own file
-    return environment.get_template("report.html.j2").render(facts=facts, style=style, **_context(facts))
+    return environment.get_template(name)
 
 
-def write_report(facts: ReportFacts, path: Path) -> None:
-    """Render and publish the page atomically; characters that UTF-8 cannot hold become '?'."""
-    write_atomic(path, render(facts).encode("utf-8", "replace"))
+def _style() -> Markup:
+    return Markup((_HERE / "report.css").read_text(encoding="utf-8"))  # noqa: S704  our own file
+
+
+def _write(html: str, path: Path) -> None:
+    write_atomic(path, html.encode("utf-8", "replace"))
 
 
 def visible(text: str) -> str:
@@ -74,6 +90,7 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         "experts": figures.expert_figures(training, loads) if training else [],
         "throughput": figures.throughput_figures(training, log) if training else [],
         "gradient": figures.gradient_figure(training, log) if training else None,
+        "precision": precision.section(facts.study) if facts.study else None,
         "kinds": figures.kinds_figure(evaluation, results) if evaluation else None,
         "tasks": figures.task_figures(evaluation, results) if evaluation else [],
         "baselines": _baseline_names(facts),

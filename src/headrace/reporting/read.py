@@ -28,11 +28,15 @@ from headrace.reporting.facts import (
     Evaluation,
     ExpertLoad,
     Point,
+    PrecisionStudy,
     Sample,
     Schedule,
     Source,
     Split,
     Stage,
+    StudyAblation,
+    StudyDifference,
+    StudyRun,
     Task,
     Training,
 )
@@ -46,6 +50,11 @@ _CURVES = {
     "mfu": "mfu",
 }
 _SPLITS = {"train": "train", "validation": "validation", "heldout": "held-out"}
+_MEASURES = {
+    "second_half": "training loss, second half",
+    "end": "training loss, last step",
+    "validation": "validation loss, end",
+}
 _MODEL, _BASELINES = "model", ("unigram", "bigram", "trigram", "xz -9")
 
 
@@ -153,6 +162,34 @@ def read_evaluation(evaluate: Path) -> Evaluation:
     )
 
 
+def read_study(folder: Path, source: str) -> PrecisionStudy:
+    """The precision_study artifact; `source` is what the page calls its study.json."""
+    facts = read_json(folder / "study.json")
+    curves, difference = facts["curves"], facts["difference"]
+    tokens = curves["tokens"]
+    return PrecisionStudy(
+        **{key: facts[key] for key in ("baseline", "candidate", "pairs", "steps", "tokens", "smoothing", "line")},
+        verdict=difference["verdict"],
+        differences=tuple(_difference(name, difference[key]) for key, name in _MEASURES.items()),
+        largest=difference["largest"],
+        spread=facts["spread"]["second_half"],
+        mean=_points(tokens, curves["mean"]),
+        band=tuple(
+            (float(x), low, high)
+            for x, low, high in zip(tokens, curves["low"], curves["high"], strict=True)
+            if low is not None and high is not None
+        ),
+        each=tuple(_points(tokens, values) for values in curves["each"]),
+        ablations=tuple(
+            StudyAblation(name, **entry, points=_points(tokens, curves["ablations"][name]))
+            for name, entry in facts["ablations"].items()
+        ),
+        runs=tuple(_study_run(run) for run in facts["runs"]),
+        formats=tuple((row[0], row[1], row[2]) for row in facts["formats"]),
+        source=source,
+    )
+
+
 def differences(default: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[Difference, ...]:
     """Dotted keys whose values differ, in the order of `here`; lists count as one value."""
     before, after = _flat(default), _flat(here)
@@ -224,6 +261,24 @@ def _origin(name: str, environment: Mapping[str, Any]) -> tuple[str, str]:
 
 def _estimate(entry: Mapping[str, Any]) -> Estimate:
     return Estimate(entry["value"], entry["low"], entry["high"])
+
+
+def _difference(name: str, entry: Mapping[str, Any]) -> StudyDifference:
+    return StudyDifference(name, None if entry["value"] is None else _estimate(entry), tuple(entry["each"]))
+
+
+def _study_run(run: Mapping[str, Any]) -> StudyRun:
+    machine = run["machine"]
+    return StudyRun(
+        **{key: run[key] for key in ("name", "format", "validation_loss", "skipped_steps", "diverged_at", "seconds")},
+        tokens_per_second=run["tokens_per_second"],
+        seeds=f"init {run['seed']['init']}, data {run['seed']['data']}",
+        where=f"{run['device']}, {run['threads']} threads, {machine['processor']} ({machine['host']})",
+    )
+
+
+def _points(tokens: list[int], values: list[float | None]) -> tuple[Point, ...]:
+    return tuple((float(x), y) for x, y in zip(tokens, values, strict=True) if y is not None)
 
 
 def _largest_first(kinds: Mapping[str, Any]) -> list[str]:

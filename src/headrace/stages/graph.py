@@ -13,6 +13,7 @@ from typing import Any
 from headrace.config.compose import load, overrides_from
 from headrace.corpus.sources import checked_lock, known_lock
 from headrace.stages.places import places
+from headrace.training.trials import trials
 
 _AGAIN = 75
 
@@ -62,9 +63,18 @@ class Graph:
             f"{_quote(self.file('tokenize', 'batches'))}/{{wildcards.batch:q}}.done", "done"
         )
 
-    def report_command(self) -> str:
-        """The shell line of the report, which declares its page too."""
-        return self.command("report") + _declare(_quote(self.file("report", "report.html")), "html")
+    def page_command(self, stage: str, page: str) -> str:
+        """The shell line of a stage that declares its page too."""
+        return self.command(stage) + _declare(_quote(self.file(stage, page)), "html")
+
+    def study_input(self, _wildcards: object) -> str:
+        """The precision study's parent. Asked only where the study is wanted: an impossible one is refused here."""
+        trials(self.config)
+        return self.done("tokenize")
+
+    def study(self) -> list[str]:
+        """The precision study where the report reads it."""
+        return [self.done("precision_study")] if self.config.study.in_report else []
 
     def sync_log(self) -> str:
         """The log of `snakemake sync`."""

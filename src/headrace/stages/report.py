@@ -1,6 +1,7 @@
 """report: figures and tables of the whole run, as one HTML page and a short table on the terminal."""
 
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from headrace.artifacts.files import link_or_copy, read_json, write_atomic
 from headrace.config.compose import group_to_dict, load
 from headrace.config.schema import Config
 from headrace.reporting import read
-from headrace.reporting.facts import Publication, ReportFacts
+from headrace.reporting.facts import PrecisionStudy, Publication, ReportFacts
 from headrace.reporting.page import write_report
 from headrace.reporting.table import summary_table
 from headrace.stages.places import Place
@@ -40,13 +41,18 @@ def collect(run: Run) -> ReportFacts:
         results_folder=str(run.place.folder.parents[1]),
         report_path=str(shown_page(run.place)),
         finished=max(record["finished"] for record in records.values()).replace("T", " ").replace("+00:00", " UTC"),
-        stages=tuple(read.read_stage(row.name, row.parents, places[row.name].folder) for row in STAGES),
-        config=_as_written(run.config),
-        differences=read.differences(_as_written(load()), _as_written(run.config)),
+        stages=tuple(
+            read.read_stage(row.name, tuple(places[row.name].slice["parents"]), places[row.name].folder)
+            for row in STAGES
+            if row.name in places
+        ),
+        config=_as_written(run.config, places),
+        differences=read.differences(_as_written(load(), places), _as_written(run.config, places)),
         data=read.read_data(folders["corpus"], folders["tokenize"]),
         training=read.read_training(folders["pretrain"], config.model, config.recipe),
         evaluation=read.read_evaluation(folders["evaluate"]),
         publication=_publication(folders["publish"], config),
+        study=_study(run, folders),
         versions=trained["versions"],
         machine={key.replace("_", " "): str(value) for key, value in trained["machine"].items()},
         code={
@@ -56,9 +62,18 @@ def collect(run: Run) -> ReportFacts:
     )
 
 
-def _as_written(config: Config) -> dict[str, Any]:
+def _as_written(config: Config, stages: Collection[str]) -> dict[str, Any]:
     """The groups that change a result, in the spelling of the YAML files; the report's fingerprint covers them all."""
-    return {key: group_to_dict(getattr(config, key)) for row in STAGES for key in row.keys}
+    return {key: group_to_dict(getattr(config, key)) for row in STAGES if row.name in stages for key in row.keys}
+
+
+def _study(run: Run, folders: Mapping[str, Path]) -> PrecisionStudy | None:
+    """The precision study, where `study.in_report` makes it a parent."""
+    if "precision_study" not in folders:
+        return None
+    return read.read_study(
+        folders["precision_study"], f"precision_study/{run.parents['precision_study'].fingerprint}/artifact/study.json"
+    )
 
 
 def _publication(folder: Path, config: Config) -> Publication:

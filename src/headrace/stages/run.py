@@ -13,6 +13,7 @@ returns at once where the artifact is finished and whole, runs the door's body o
 the manifest as the last act. Exit codes: 0 done, 2 the user's input is wrong, 75 saved, run me again, 1 anything else.
 """
 
+import dataclasses
 import errno
 import logging
 import shlex
@@ -77,6 +78,10 @@ class CoveredConfig:
         )
         return getattr(self._config, group)
 
+    def replaced(self, groups: Mapping[str, Any]) -> "CoveredConfig":
+        """The same view with some groups given anew, by a stage that made them of what it may read."""
+        return CoveredConfig(dataclasses.replace(self._config, **groups), self._groups | groups.keys())
+
 
 @dataclass
 class Run:
@@ -97,6 +102,10 @@ class Run:
     def folder(self) -> Path:
         """The run directory, for state that outlives an attempt (checkpoints, shards)."""
         return self.place.folder
+
+    def config_with(self, **groups: Any) -> Config:
+        """The configuration with some groups given anew, made of what this stage may read."""
+        return cast(Config, cast(CoveredConfig, self.config).replaced(groups))
 
     def input(self, parent: str, quick: bool = False) -> Path:
         """A parent's artifact, verified byte by byte; `quick` leaves large files to readers that verify them."""
@@ -175,7 +184,7 @@ def _attempt(job: _Job) -> int:
 
 def _work(job: _Job, log: logging.Logger) -> str:
     row, place, config, started = stage_named(job.door.stage), job.place, job.config, time.monotonic()
-    parents = {name: job.places[name] for name in row.parents}
+    parents = {name: job.places[name] for name in place.slice["parents"]}
     _require_finished(place.stage, parents, job.overrides)
     output = place.folder / "artifact.partial"
     manifests.discard(output)
@@ -184,7 +193,7 @@ def _work(job: _Job, log: logging.Logger) -> str:
     provenance.write(place.folder, facts)
     log.info("%s %s starts: %s", place.stage, place.fingerprint, facts["code"])
     with _open_tracker(config, place, parents, job.places["report"].fingerprint, log) as tracker:
-        seen = cast(Config, CoveredConfig(config, readable_groups(row)))
+        seen = cast(Config, CoveredConfig(config, readable_groups(row, config)))
         command = command_for(job.overrides)
         run = Run(place, seen, job.lock, command, parents, output, job.deadline, log, tracker)
         outcome = job.door.body(run)
@@ -315,7 +324,7 @@ def close_log(log: logging.Logger) -> None:
 def say(place: Place, line: str, seconds: float | None = None) -> None:
     """One line for the person at the terminal."""
     took = "" if seconds is None else f"  {seconds:7.1f} s"
-    print(f"{place.stage:<10}{place.fingerprint}  {Redactor().text(line):<64}{took}", file=sys.stderr, flush=True)
+    print(f"{place.stage:<9} {place.fingerprint}  {Redactor().text(line):<64}{took}", file=sys.stderr, flush=True)
 
 
 def fail(stage: str, message: str, code: int) -> int:

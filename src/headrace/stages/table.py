@@ -46,6 +46,7 @@ STAGES: tuple[Stage, ...] = (
         parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert", "evaluate"),
         version=1,
     ),
+    Stage("precision_study", keys=("model", "recipe", "train", "seed", "study"), parents=("tokenize",), version=1),
     Stage(
         "report",
         keys=(),
@@ -62,11 +63,17 @@ def stage_named(name: str) -> Stage:
     return next(stage for stage in STAGES if stage.name == name)
 
 
-def readable_groups(stage: Stage) -> frozenset[str]:
+def parents_of(stage: Stage, config: Config) -> tuple[str, ...]:
+    """The stage's parents under `config`: the report reads the precision study where `study.in_report` says so."""
+    studied = ("precision_study",) if stage.name == "report" and config.study.in_report else ()
+    return (*stage.parents, *studied)
+
+
+def readable_groups(stage: Stage, config: Config) -> frozenset[str]:
     """Groups whose values the stage's fingerprint covers, its ancestors' included, and the machine's."""
     groups = {*stage.keys, *MACHINE_GROUPS}
-    for parent in stage.parents:
-        groups |= readable_groups(stage_named(parent))
+    for parent in parents_of(stage, config):
+        groups |= readable_groups(stage_named(parent), config)
     return frozenset(groups)
 
 
@@ -83,11 +90,13 @@ def slices(config: Config, sources: str) -> dict[str, dict[str, Any]]:
             values["sources"] = sources
         if stage.name == "tokenizer" and config.tokenizer.path:
             values["sources"] = tokenizer_files(Path(config.tokenizer.path))
+        if stage.name == "precision_study":
+            del values["study"]["in_report"]  # it says who reads the study, not what the study is
         result[stage.name] = {
             "stage": stage.name,
             "version": stage.version,
             "config": values,
-            "parents": {parent: fingerprint(result[parent]) for parent in stage.parents},
+            "parents": {parent: fingerprint(result[parent]) for parent in parents_of(stage, config)},
         }
     return result
 

@@ -23,23 +23,23 @@ class Progress(Protocol):
         """Training ended or paused."""
 
 
-def progress_on(stream: TextIO = sys.stderr) -> "Bar | Lines":
-    """A live bar where `stream` is a terminal, else lines."""
-    return Bar(stream) if stream.isatty() else Lines(stream)
+def progress_on(stream: TextIO = sys.stderr, name: str = "pretrain") -> "Bar | Lines":
+    """A live bar where `stream` is a terminal, else lines; `name` says what is being trained."""
+    return Bar(stream, name) if stream.isatty() else Lines(stream, name=name)
 
 
 class Bar:
     """A tqdm bar with loss, tokens/s and the time left."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, name: str = "pretrain") -> None:
+        self._stream, self._name = stream, name
         self._bar: tqdm[None] | None = None
 
     def update(self, step: int, steps: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """See `Progress`."""
         if self._bar is None:
             self._bar = tqdm(
-                total=steps, initial=step - 1, desc="pretrain", unit="step", file=self._stream, dynamic_ncols=True
+                total=steps, initial=step - 1, desc=self._name, unit="step", file=self._stream, dynamic_ncols=True
             )
         self._bar.set_postfix_str(_figures(metrics), refresh=False)
         self._bar.update(step - self._bar.n)
@@ -53,8 +53,8 @@ class Bar:
 class Lines:
     """One line at the first step, about every 15 seconds, and at the last step."""
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._clock = stream, clock
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic, name: str = "pretrain") -> None:
+        self._stream, self._clock, self._name = stream, clock, name
         self._begun: tuple[int, float] | None = None
         self._next = 0.0
 
@@ -68,7 +68,7 @@ class Lines:
         self._next = now + SECONDS_BETWEEN_LINES
         left = "" if first else f", {_duration((now - begun) / (step - begun_step) * (steps - step))} left"
         share = f"step {step:,} of {steps:,} ({100 * step // steps} %)"
-        print(f"pretrain: {share}, {_figures(metrics)}{left}", file=self._stream, flush=True)
+        print(f"{self._name}: {share}, {_figures(metrics)}{left}", file=self._stream, flush=True)
 
     def close(self) -> None:
         """See `Progress`."""
