@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.fp8.specification import matmul
 from headrace.fp8.quantise import COLUMN_TILE, ROW_TILE, SQUARE_TILE, Quantised, Tile, quantise
+from headrace.fp8.specification import matmul
 
 UNIT = 2.0**-24  # FP32 rounding
 

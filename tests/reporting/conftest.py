@@ -165,6 +165,7 @@ def _training() -> Training:
         },
         schedules=_schedules(),
         expert_load=_load(),
+        formats=(("linear layers and experts", "E4M3, accumulated in FP32"), ("router", "FP32")),
     )
 
 

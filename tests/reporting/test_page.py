@@ -17,6 +17,7 @@ SECTIONS = (
     "schedules",
     "experts",
     "throughput",
+    "formats",
     "gradient",
     "evaluation",
     "tasks",

@@ -53,6 +53,7 @@ def pretrain(tmp_path: Path) -> Path:
             {"step": 3, "tokens": 300, "loss": 6.0, "validation_loss": 6.1, "tokens_per_second": 50.0},
         ],
     )
+    write_json(tmp_path / "formats.json", [{"what": "router", "format": "FP32"}])
     last = CONFIG.model.num_hidden_layers
     load_ = [[3, 1], [2, 2]]
     layers = {str(last): [shares(load_)[0]], "1": [shares(load_)[1]]}
@@ -69,6 +70,7 @@ def test_training(pretrain: Path) -> None:
     assert facts.curves["train"] == ((100.0, 7.0), (300.0, 6.0))
     assert facts.curves["validation"] == ((200.0, 6.5), (300.0, 6.1))
     assert facts.curves["mfu"] == ()
+    assert facts.formats == (("router", "FP32"),)
     assert facts.expert_load is not None
     last = CONFIG.model.num_hidden_layers
     assert facts.expert_load.layers == {"layer 1": ((0.5, 0.5),), f"layer {last} (MTP)": ((0.75, 0.25),)}

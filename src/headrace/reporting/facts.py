@@ -114,6 +114,7 @@ class Training:
     curves: Mapping[str, tuple[Point, ...]]  # keys: CURVES
     schedules: tuple[Schedule, ...]
     expert_load: ExpertLoad | None
+    formats: tuple[tuple[str, str], ...]  # what runs in which format
 
 
 CURVES = ("train", "validation", "mtp", "gradient_norm", "tokens_per_second", "mfu")

@@ -126,6 +126,7 @@ def read_training(pretrain: Path, model: ModelConfig, recipe: RecipeConfig) -> T
         curves={name: _series(rows, metric) for name, metric in _CURVES.items()},
         schedules=planned(recipe),
         expert_load=_read_load(pretrain / "expert_load.json", model.num_hidden_layers),
+        formats=tuple((row["what"], row["format"]) for row in read_json(pretrain / "formats.json")),
     )
 
 
