@@ -1,13 +1,14 @@
-"""A Hub on 127.0.0.1: the API that huggingface_hub 2.4 really uses for model repositories, with its state in memory.
+"""A Hub on 127.0.0.1: the API that huggingface_hub 2.4 really uses for repositories, with its state in memory.
 
     with LoopbackHub() as hub:
         api = HfApi(endpoint=hub.url, token=hub.token)          # in this process
         subprocess.run(..., env=os.environ | hub.environment())  # in another one
 
-Repositories, commits with a parent check, LFS uploads whose hash is checked, tags, trees, downloads with ranges; tokens
-that may write, only read, or are unknown; private repositories that do not exist for strangers. `hub.fail("POST",
-"/commit/", 500)` makes the next such request fail (`at=3`: the third). `hub.requests` lists what was asked.
-Not here: pull requests, branches, Xet (clients need HF_HUB_DISABLE_XET=1), git.
+Repositories of models and (named kernels/owner/name here) of kernels, commits with a parent check, LFS uploads whose
+hash is checked, branches, tags, trees, downloads with ranges; tokens that may write, only read, or are unknown; private
+repositories that do not exist for strangers. `hub.fail("POST", "/commit/", 500)` makes the next such request fail
+(`at=3`: the third). `hub.requests` lists what was asked.
+Not here: pull requests, Xet (clients need HF_HUB_DISABLE_XET=1), git.
 """
 
 import base64
@@ -23,7 +24,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+_REPO = r"(?P<repo>(?:kernels/)?[\w.-]+/[\w.-]+)"
 _LFS_FROM = 1 << 20  # bytes; smaller files are kept in git unless they look binary
 
 
@@ -61,17 +62,21 @@ class Repository:
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
-    head: str = ""
+    branches: dict[str, str] = field(default_factory=lambda: {"main": ""})
 
-    def commit(self, files: dict[str, Blob], message: str) -> str:
+    @property
+    def head(self) -> str:
+        return self.branches["main"]
+
+    def commit(self, files: dict[str, Blob], message: str, branch: str = "main") -> str:
         listing = "".join(f"{path} {blob.oid}\n" for path, blob in sorted(files.items()))
-        self.head = hashlib.sha1(f"{self.head}\n{message}\n{listing}".encode()).hexdigest()
-        self.commits[self.head] = files
+        oid = hashlib.sha1(f"{self.branches[branch]}\n{message}\n{listing}".encode()).hexdigest()
+        self.branches[branch], self.commits[oid] = oid, files
         self.messages.append(message)
-        return self.head
+        return oid
 
     def resolve(self, revision: str) -> str:
-        oid = self.head if revision == "main" else self.tags.get(revision, revision)
+        oid = (self.tags | self.branches).get(revision, revision)
         if oid not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid
@@ -203,12 +208,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self) -> None:
         wanted = json.loads(self.body)
-        repo = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+        kind = {"model": "", "kernel": "kernels/"}[wanted.get("type") or "model"]
+        repo = f"{kind}{wanted.get('organization') or 'me'}/{wanted['name']}"
         if self.role != "write":
             raise HubError(401 if self.role == "none" else 403, "this token may not create repositories")
         url = {"url": f"{self.state.url}/{repo}"}
         if repo in self.state.repositories:
-            raise HubError(409, "You already created this model repo", **url)
+            raise HubError(409, "You already created this repo", **url)
         self.state.repositories[repo] = Repository(private=wanted.get("visibility") == "private")
         self.state.repositories[repo].commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "initial")
         self._json(url)
@@ -251,7 +257,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._writable(repo)
         lines = [json.loads(line) for line in self.body.splitlines() if line]
         header = lines[0]["value"]
-        if header.get("parentCommit") not in (None, repository.head):
+        if revision not in repository.branches:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        if header.get("parentCommit") not in (None, repository.branches[revision]):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(repository.commits[repository.resolve(revision)])
         for item in (line["value"] | {"key": line["key"]} for line in lines[1:]):
@@ -263,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[item["path"]] = Blob(self.state.objects[item["oid"]], True)
             elif files.pop(item["path"], None) is None:
                 raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
-        oid = repository.commit(files, header["summary"])
+        oid = repository.commit(files, header["summary"], revision)
         self._json({"commitUrl": f"{self.state.url}/{repo}/commit/{oid}", "commitOid": oid, "success": True})
 
     def tag(self, repo: str, revision: str) -> None:
@@ -273,9 +281,16 @@ class _Handler(BaseHTTPRequestHandler):
         repository.tags[name] = repository.resolve(revision)
         self._json({})
 
+    def branch(self, repo: str, name: str) -> None:
+        repository = self._writable(repo)
+        if name in repository.branches:
+            raise HubError(409, f"Reference refs/heads/{name} already exists")
+        repository.branches[name] = repository.resolve(json.loads(self.body).get("startingPoint", "main"))
+        self._json({})
+
     def refs(self, repo: str) -> None:
         repository = self._readable(repo)
-        branches = [{"name": "main", "ref": "refs/heads/main", "targetCommit": repository.head}]
+        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": o} for n, o in repository.branches.items()]
         tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in repository.tags.items()]
         self._json({"branches": branches, "converts": [], "tags": tags})
 
@@ -296,7 +311,8 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._readable(repo)
         oid = repository.resolve(revision or "main")
         siblings = [{"rfilename": path} for path in repository.commits[oid]]
-        self._json({"id": repo, "modelId": repo, "sha": oid, "private": repository.private, "siblings": siblings})
+        name = repo.removeprefix("kernels/")
+        self._json({"id": name, "modelId": name, "sha": oid, "private": repository.private, "siblings": siblings})
 
     def settings(self, repo: str) -> None:
         self._writable(repo).private = json.loads(self.body)["visibility"] == "private"
@@ -329,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(part, 206, headers | {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"})
 
 
-_API = f"/api/models/{_REPO}"
+_API = f"/api/(?:models/)?{_REPO}"
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create),
@@ -340,6 +356,7 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET HEAD", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_get),
     ("POST", _API + "/commit/(?P<revision>[^/]+)", _Handler.commit),
     ("POST", _API + "/tag/(?P<revision>[^/]+)", _Handler.tag),
+    ("POST", _API + "/branch/(?P<name>[^/]+)", _Handler.branch),
     ("GET", _API + "/refs", _Handler.refs),
     ("GET", _API + "/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
     ("GET", _API + "(?:/revision/(?P<revision>[^/]+))?", _Handler.info),

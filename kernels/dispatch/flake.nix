@@ -1,5 +1,5 @@
 {
-  description = "headrace_dispatch: tokens to their experts and back, in one GPU and between those of a node";
+  description = "headrace-dispatch: tokens to their experts and back, in one GPU and between those of a node";
 
   inputs.kernel-builder.url = "github:huggingface/kernels";
 

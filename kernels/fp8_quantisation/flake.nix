@@ -1,5 +1,5 @@
 {
-  description = "headrace_fp8_quantisation: FP8 quantisers of DeepSeek-V3's training";
+  description = "headrace-fp8-quantisation: FP8 quantisers of DeepSeek-V3's training";
 
   inputs.kernel-builder.url = "github:huggingface/kernels";
 

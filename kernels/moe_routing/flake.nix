@@ -1,5 +1,5 @@
 {
-  description = "headrace_moe_routing: routing of DeepSeek-V3's mixture of experts";
+  description = "headrace-moe-routing: routing of DeepSeek-V3's mixture of experts";
 
   inputs.kernel-builder.url = "github:huggingface/kernels";
 

@@ -69,9 +69,11 @@ def _index(arguments: argparse.Namespace) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> str:
+    from headrace.conversion.export import exported_bytes
     from headrace.planning.describe import text_table
 
-    return text_table(load(arguments.overrides))
+    config = load(arguments.overrides)
+    return text_table(config, exported_bytes(config.model, config.convert.dtype, config.convert.unaligned))
 
 
 def _sync(arguments: argparse.Namespace) -> str:

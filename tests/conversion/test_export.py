@@ -22,7 +22,8 @@ from conversion_models import (
     tiny_model,
     tokenizer_folder,
 )
-from headrace.conversion.export import export
+from headrace.config.compose import load
+from headrace.conversion.export import export, exported_bytes
 from headrace.conversion.import_hub import import_
 from headrace.conversion.mtp import mtp_loading
 from headrace.conversion.names import checkpoint_shapes
@@ -350,3 +351,10 @@ def test_a_folder_with_something_in_it_is_not_written_to(tmp_path, tokenizer):
     (tmp_path / "hub" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "bf16", 1 << 30)
+
+
+def test_bytes_of_the_published_model_are_known_beforehand() -> None:
+    """The published weight files hold 688,574,839,360 bytes of tensors (45,808 of them in FP8 with their scales)."""
+    config = load(["model=v3_671b", "tokenizer.vocab_size=129280"]).model
+    assert exported_bytes(config, "fp8", "deepseek") == 688_574_839_360
+    assert exported_bytes(config, "fp32", "deepseek") > 1.9 * exported_bytes(config, "bf16", "deepseek")

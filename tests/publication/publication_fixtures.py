@@ -65,3 +65,7 @@ def model_folder(folder: Path, shards: int = 2, value: float = 1.0) -> Path:
     for name, value_ in documents.items():
         (folder / name).write_text(json.dumps(value_, ensure_ascii=False), encoding="utf-8")
     return folder
+
+
+def local_files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

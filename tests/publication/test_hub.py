@@ -12,21 +12,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from headrace.errors import UserError
 from headrace.publication.hub import push
 from headrace.publication.repository import build_repository
-from loopback_hub import LoopbackHub
-from publication.publication_fixtures import FINGERPRINT, card_facts, model_folder
+from publication.publication_fixtures import FINGERPRINT, card_facts, local_files, model_folder
 
 _REPO = "me/small"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own uploads
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    with LoopbackHub() as server:
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        yield server
 
 
 def tree(folder, fingerprint=FINGERPRINT, **model):
@@ -43,10 +32,6 @@ def publish(hub, folder, private=True):
 def remote_files(hub, revision):
     repository = hub.repositories[_REPO]
     return {path: blob.data for path, blob in repository.commits[repository.resolve(revision)].items()}
-
-
-def local_files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def asked(hub, part):

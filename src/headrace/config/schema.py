@@ -298,6 +298,7 @@ class PublishConfig:
     __pydantic_config__ = _CLOSED
     repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # null writes the local folder only
     private: bool
+    kernels: Annotated[str, Field(pattern=r"^[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*$", max_length=96)] | None
     license: str  # an SPDX identifier or 'other', for the model card
     title: str
     allow_dirty: bool  # publish from a work tree with uncommitted changes

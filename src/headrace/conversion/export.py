@@ -72,14 +72,8 @@ def export(
     if any(out.iterdir()):
         raise UserError(f"{out}: is not empty; export into a new folder")
     tensors = hub_tensors(config)
-    fp8 = fp8_weights(tensors, unaligned) if dtype == "fp8" else set()
-    if dtype == "fp8" and not fp8:
-        raise UserError(
-            "convert.unaligned=bf16: no matrix of this model is a multiple of 128, so nothing would be FP8; "
-            "use convert.unaligned=deepseek or convert.dtype=bf16"
-        )
-    stored = {tensor.name: _stored(tensor, _TORCH[dtype], tensor.name in fp8) for tensor in tensors}
-    shards = plan_shards(list(stored.values()), max_shard_bytes)
+    fp8 = _chosen(tensors, dtype, unaligned)
+    shards = plan_shards([_stored(tensor, _TORCH[dtype], tensor.name in fp8) for tensor in tensors], max_shard_bytes)
     with open_tensors(checkpoint_tensors) as checkpoint:
         _check_checkpoint(checkpoint, config)
         _write_shards(checkpoint, tensors, shards, out)
@@ -91,6 +85,25 @@ def export(
     write_json(out / "generation_config.json", _generation_config(tokens))
     copy_tokenizer(tokenizer_folder, out)
     return Exported(len(weight_map), len(shards), total)
+
+
+def exported_bytes(config: ModelConfig, dtype: Dtype, unaligned: Unaligned) -> int:
+    """Bytes of all tensors that `export` would write, scales included."""
+    tensors = hub_tensors(config)
+    fp8 = _chosen(tensors, dtype, unaligned)
+    stored = (_stored(tensor, _TORCH[dtype], tensor.name in fp8) for tensor in tensors)
+    return sum(planned.bytes for group in stored for planned in group.values())
+
+
+def _chosen(tensors: list[HubTensor], dtype: Dtype, unaligned: Unaligned) -> set[str]:
+    """Names of the weights that are written in FP8."""
+    fp8 = fp8_weights(tensors, unaligned) if dtype == "fp8" else set()
+    if dtype == "fp8" and not fp8:
+        raise UserError(
+            "convert.unaligned=bf16: no matrix of this model is a multiple of 128, so nothing would be FP8; "
+            "use convert.unaligned=deepseek or convert.dtype=bf16"
+        )
+    return fp8
 
 
 def _stored(tensor: HubTensor, dtype: torch.dtype, fp8: bool) -> dict[str, PlannedTensor]:

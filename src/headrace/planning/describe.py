@@ -11,8 +11,8 @@ from headrace.recipe.schedule import Schedule
 _SCALES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def plan(config: Config) -> list[tuple[str, str]]:
-    """Rows (label, value) for one configuration."""
+def plan(config: Config, exported_bytes: int) -> list[tuple[str, str]]:
+    """Rows (label, value) for one configuration; `exported_bytes` are those of its Hub folder's tensors."""
     counted, length = count(config.model), config.recipe.sequence_length
     has_mtp = bool(config.model.num_nextn_predict_layers)
     per_token = training_flops(config.model, length, mtp=has_mtp)
@@ -37,7 +37,7 @@ def plan(config: Config) -> list[tuple[str, str]]:
         ("FLOPs of the run", f"{scaled(tokens * per_token)}, forward and backward"),
         ("model file of a checkpoint", f"{scaled(4 * counted.stored)}B in FP32"),
         ("its optimizer file", f"{scaled(optimizer_bytes(config, counted))}B, {config.recipe.optimizer.name}"),
-        ("exported model", f"{scaled(exported_bytes(config, counted))}B in {config.convert.dtype.upper()}"),
+        ("exported model", f"{scaled(exported_bytes)}B in {config.convert.dtype.upper()}"),
     ]
 
 
@@ -48,16 +48,9 @@ def optimizer_bytes(config: Config, counted: ParameterCount) -> int:
     return size * (2 * (counted.total + counted.mtp) - single)
 
 
-def exported_bytes(config: Config, counted: ParameterCount) -> int:
-    """Bytes of the exported tensors: the MTP copies of embedding and head included, biases in FP32."""
-    size = {"bf16": 2, "fp32": 4}[config.convert.dtype]
-    copies = config.model.num_nextn_predict_layers * (counted.embedding + counted.head)
-    return size * (counted.total + counted.mtp + copies) + 4 * (counted.router_bias + counted.mtp_router_bias)
-
-
-def text_table(config: Config) -> str:
+def text_table(config: Config, exported_bytes: int) -> str:
     """The rows of `plan` as text, labels aligned."""
-    rows = plan(config)
+    rows = plan(config, exported_bytes)
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 

@@ -1,6 +1,7 @@
 """Push a repository's tree to the Hub: one commit on a known parent, compared afterwards, then tagged.
 
     create the repository (private unless told otherwise; the visibility of one that exists is never changed)
+    create the branch where a kernel's repository lacks it; a model's is main
     read its head, its tree and the manifest that an earlier push left there; the same hashes: nothing to commit
     one commit that adds what differs and deletes what the earlier push left and this one lacks
     list the commit's tree and compare every size and hash
@@ -8,25 +9,42 @@
 
 Someone else's commit in between makes the Hub refuse ours. A push that was cut off anywhere has published nothing or a
 whole commit; the next one ends it. The token comes from the environment and goes nowhere else.
+
+Models and kernels are repositories of different types; `MODEL` and `KERNEL` hold the difference.
 """
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.constants import REPO_TYPE_KERNEL, REPO_TYPE_MODEL, REPO_TYPES_URL_PREFIXES
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from headrace.artifacts.files import hash_file, read_json
 from headrace.errors import UserError
-from headrace.publication import gate
+from headrace.publication import gate, kernels
 from headrace.publication.repository import MANIFEST
 
 _NOT_OURS = {".gitattributes", "README.md", "LICENSE"}  # what a repository that was just made by hand may hold
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of repository: what the Hub calls it, what may go into it, how messages name it."""
+
+    repo_type: str
+    inspect: Callable[[Path], list[str]]
+    prefix: str
+
+
+MODEL = Kind(REPO_TYPE_MODEL, gate.inspect, "publish.repo_id=")
+KERNEL = Kind(REPO_TYPE_KERNEL, kernels.inspect, "publish.kernels: ")
 
 
 @dataclass(frozen=True)
@@ -42,27 +60,38 @@ class Publication:
     changed: bool  # whether this push made a commit
 
 
-def push(folder: Path, repo_id: str, *, private: bool, message: str, endpoint: str | None = None) -> Publication:
-    """Publish the tree `folder`, made by `build_repository`, as `repo_id`, tagged with its fingerprint.
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool,
+    message: str,
+    endpoint: str | None = None,
+    kind: Kind = MODEL,
+    branch: str = "main",
+) -> Publication:
+    """Publish the tree `folder` as `repo_id`: one commit on `branch`, tagged with the tree's fingerprint.
 
-    The token is HF_TOKEN, or what `hf auth login` stored. `endpoint` is the Hub's address (default: HF_ENDPOINT).
+    The tree is made by `build_repository` (MODEL) or `build_kernel_repositories` (KERNEL). The token is HF_TOKEN, or
+    what `hf auth login` stored. `endpoint` is the Hub's address (default: HF_ENDPOINT).
     Raises `UserError` without a token, when the Hub refuses (401, 403, a commit in between), when the repository is
     public and `private` is asked for, or when it holds another's files; `ConnectionError` when the Hub fails.
     """
-    names = gate.inspect(folder)
+    names = kind.inspect(folder)
     fingerprint, hashes = _read_verified(folder, names)
+    where = f"{kind.prefix}{repo_id}"
     token = get_token()
     if token is None:
-        raise UserError(f"publish.repo_id={repo_id}: no Hub token; set HF_TOKEN to one that may write there")
+        raise UserError(f"{where}: no Hub token; set HF_TOKEN to one that may write there")
     api = HfApi(endpoint=endpoint, token=token)
     try:
-        return _Push(api, folder, hashes, repo_id, fingerprint).run(private, message)
+        return _Push(api, folder, hashes, repo_id, kind.repo_type, branch, fingerprint, where).run(private, message)
     except OfflineModeIsEnabled:
-        raise UserError(f"publish.repo_id={repo_id}: HF_HUB_OFFLINE is set; unset it to publish") from None
+        raise UserError(f"{where}: HF_HUB_OFFLINE is set; unset it to publish") from None
     except (UserError, ConnectionError):
         raise
     except Exception as error:
-        _explain(error, repo_id, api.endpoint)
+        _explain(error, where, api.endpoint)
 
 
 @dataclass(frozen=True)
@@ -71,34 +100,47 @@ class _Push:
     folder: Path
     hashes: dict[str, str]  # sha256 of every file
     repo_id: str
+    repo_type: str
+    branch: str
     fingerprint: str
+    where: str  # how messages begin
 
     def run(self, private: bool, message: str) -> Publication:
-        self.api.create_repo(self.repo_id, private=private, exist_ok=True)
-        info = self.api.model_info(self.repo_id)
-        assert info.sha is not None
+        self.api.create_repo(self.repo_id, repo_type=self.repo_type, private=private, exist_ok=True)
+        info = self.api.repo_info(self.repo_id, repo_type=self.repo_type)
         if private and not info.private:
             self._refuse("is public, and publish.private is true; make it private there, or set publish.private=false")
-        remote = self._tree(info.sha)
+        head = self._head()
+        remote = self._tree(head)
         wanted = [name for name in self.hashes if not self._is_same(name, remote.get(name))]
-        stale = sorted((self._earlier(info.sha, remote) & remote.keys()) - self.hashes.keys())
+        stale = sorted((self._earlier(head, remote) & remote.keys()) - self.hashes.keys())
         changed = bool(wanted or stale)
-        commit = self._commit(wanted, stale, message, parent=info.sha) if changed else info.sha
+        commit = self._commit(wanted, stale, message, parent=head) if changed else head
         self._compare(commit)
         self._tag(commit)
-        url = f"{self.api.endpoint}/{self.repo_id}"
+        url = f"{self.api.endpoint}/{REPO_TYPES_URL_PREFIXES.get(self.repo_type, '')}{self.repo_id}"
         files = tuple(self.hashes)
         return Publication(self.repo_id, url, commit, self.fingerprint, bool(info.private), files, changed)
 
+    def _head(self) -> str:
+        """The branch's newest commit; a branch that is not there begins where main is."""
+        if self.branch != "main":
+            self.api.create_branch(self.repo_id, branch=self.branch, repo_type=self.repo_type, exist_ok=True)
+        info = self.api.repo_info(self.repo_id, repo_type=self.repo_type, revision=self.branch)
+        assert info.sha is not None
+        return info.sha
+
     def _tree(self, revision: str) -> dict[str, RepoFile]:
-        entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
+        entries = self.api.list_repo_tree(self.repo_id, repo_type=self.repo_type, recursive=True, revision=revision)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def _earlier(self, revision: str, remote: dict[str, RepoFile]) -> set[str]:
         """The files that an earlier push put into the repository; a repository with another's files is left alone."""
         if MANIFEST in remote:
             with tempfile.TemporaryDirectory() as folder:
-                path = self.api.hf_hub_download(self.repo_id, MANIFEST, revision=revision, local_dir=folder)
+                path = self.api.hf_hub_download(
+                    self.repo_id, MANIFEST, repo_type=self.repo_type, revision=revision, local_dir=folder
+                )
                 return set(read_json(Path(path))["files"])
         if others := sorted(remote.keys() - _NOT_OURS):
             self._refuse(f"holds files that Headrace did not put there ({others[0]}); choose a new or empty repository")
@@ -116,24 +158,36 @@ class _Push:
         operations: list[CommitOperationAdd | CommitOperationDelete] = []
         operations += [CommitOperationAdd(name, self.folder / name) for name in wanted]
         operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
-        done = self.api.create_commit(self.repo_id, operations, commit_message=message, parent_commit=parent)
+        done = self.api.create_commit(
+            self.repo_id,
+            operations,
+            commit_message=message,
+            repo_type=self.repo_type,
+            revision=self.branch,
+            parent_commit=parent,
+        )
         return str(done.oid)
 
     def _compare(self, commit: str) -> None:
+        if name := self._differing(commit):
+            raise ConnectionError(f"{self.repo_id}@{commit}: {name} differs from what was sent; publish again")
+
+    def _differing(self, commit: str) -> str | None:
+        """The first of our files that a commit lacks or holds otherwise."""
         remote = self._tree(commit)
-        for name in self.hashes:
-            if not self._is_same(name, remote.get(name)):
-                raise ConnectionError(f"{self.repo_id}@{commit}: {name} differs from what was sent; publish again")
+        return next((name for name in self.hashes if not self._is_same(name, remote.get(name))), None)
 
     def _tag(self, commit: str) -> None:
-        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(self.repo_id).tags}
+        """Tag the commit; a tag on an earlier one with the same files, to which others have added theirs, stays."""
+        refs = self.api.list_repo_refs(self.repo_id, repo_type=self.repo_type)
+        tags = {tag.name: tag.target_commit for tag in refs.tags}
         if self.fingerprint not in tags:
-            self.api.create_tag(self.repo_id, tag=self.fingerprint, revision=commit)
-        elif tags[self.fingerprint] != commit:
-            self._refuse(f"has a tag {self.fingerprint} on another commit; remove the tag on the Hub and publish again")
+            self.api.create_tag(self.repo_id, tag=self.fingerprint, revision=commit, repo_type=self.repo_type)
+        elif tags[self.fingerprint] != commit and self._differing(tags[self.fingerprint]):
+            self._refuse(f"has a tag {self.fingerprint} on other files; remove the tag on the Hub and publish again")
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise UserError(f"publish.repo_id={self.repo_id}: the repository {reason}")
+        raise UserError(f"{self.where}: the repository {reason}")
 
 
 def _read_verified(folder: Path, names: list[str]) -> tuple[str, dict[str, str]]:
@@ -146,9 +200,8 @@ def _read_verified(folder: Path, names: list[str]) -> tuple[str, dict[str, str]]
     return str(manifest["fingerprint"]), hashes
 
 
-def _explain(error: BaseException, repo_id: str, endpoint: str) -> NoReturn:
+def _explain(error: BaseException, where: str, endpoint: str) -> NoReturn:
     """Raise what the user can act upon; uploads wrap the Hub's answer in other exceptions."""
-    where = f"publish.repo_id={repo_id}"
     if isinstance(error, httpx2.TransportError):
         raise ConnectionError(f"{where}: cannot reach {endpoint} ({error}); publish again") from error
     cause: BaseException | None = error

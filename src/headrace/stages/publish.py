@@ -14,7 +14,8 @@ from headrace.conversion.names import hub_tensors
 from headrace.errors import UserError
 from headrace.planning.parameters import count
 from headrace.publication.facts import CardFacts, DataSource, Measurement
-from headrace.publication.hub import push
+from headrace.publication.hub import KERNEL, push
+from headrace.publication.kernels import KernelRepository, build_kernel_repositories, sources
 from headrace.publication.repository import build_repository
 from headrace.stages import provenance
 from headrace.stages.convert import trained_state
@@ -24,7 +25,7 @@ PUBLICATION = "publication.json"
 
 
 def body(run: Run) -> Outcome:
-    """Build the tree, pass it through the gate, and push it where `publish.repo_id` names a repository."""
+    """Build and inspect the trees of model and kernels; push them where `publish.repo_id` names a repository."""
     settings = run.config.publish
     trained = read_json(run.parents["pretrain"].folder / "provenance.json")["code"]
     if (provenance.code_version()["dirty"] or trained["dirty"]) and not settings.allow_dirty:
@@ -34,6 +35,9 @@ def body(run: Run) -> Outcome:
     results = run.input("evaluate") / "results.json"
     repository = repository_of(run.output)
     files = build_repository(repository, run.input("convert"), card_facts(run), results=results)
+    owner = settings.kernels
+    kernels = build_kernel_repositories(run.output / "kernels", owner, sources()) if owner else []
+    listed = [_kernel_facts(one) for one in kernels]
     facts: dict[str, Any] = {"repo_id": settings.repo_id, "commit": None, "tag": None, "files": files}
     where = "local folder"
     if settings.repo_id:
@@ -42,10 +46,24 @@ def body(run: Run) -> Outcome:
         )
         facts = {**asdict(pushed), "files": files}
         where = f"{pushed.url} at {pushed.tag}"
-    write_json(run.output / PUBLICATION, facts)
+        listed = [known | _push_kernel(one, settings.private) for known, one in zip(listed, kernels, strict=True)]
+    if kernels:
+        where += f"; {len(kernels)} kernel repositories of {owner}"
+    write_json(run.output / PUBLICATION, {**facts, "kernels": listed})
     size = sum(path.stat().st_size for path in repository.rglob("*") if path.is_file())
     summary = {"repo_id": settings.repo_id, "files": len(files), "bytes": size}
     return Outcome(f"{len(files)} files, {size / 1e6:,.1f} MB, {where}", summary)
+
+
+def _kernel_facts(one: KernelRepository) -> dict[str, Any]:
+    """What publication.json says of a kernel repository; commit and tag are None where it was not pushed."""
+    facts = {"repo_id": one.repo_id, "branch": one.branch, "fingerprint": one.fingerprint, "loadable": one.loadable}
+    return {**facts, "commit": None, "tag": None, "files": one.files}
+
+
+def _push_kernel(one: KernelRepository, private: bool) -> dict[str, Any]:
+    message = f"{one.folder.name} {one.fingerprint}"
+    return asdict(push(one.folder, one.repo_id, private=private, message=message, kind=KERNEL, branch=one.branch))
 
 
 def card_facts(run: Run) -> CardFacts:

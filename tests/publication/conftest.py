@@ -1,0 +1,16 @@
+"""A Hub on loopback that huggingface_hub in this process may write to."""
+
+import huggingface_hub
+import pytest
+
+from loopback_hub import LoopbackHub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    with LoopbackHub() as server:
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server
