@@ -1,7 +1,6 @@
 """The rows of `headrace plan` against figures that come from elsewhere."""
 
 import pytest
-import torch
 
 from headrace.config.compose import load
 from headrace.model.transformer import Transformer
