@@ -65,11 +65,11 @@ class Linear(Weight):
     def forward(self, x: Tensor | Activation, role: Role = "hidden", shared: Input | None = None) -> Tensor:
         """[..., in_features] to [..., out_features], both in the compute dtype.
 
-        `shared` is the `Input` made of `x` where several layers read it.
+        `role` says where x comes from; `shared` is the `Input` made of x, with its role, where several layers read it.
         """
         activation = Activation.of(x)
         given = shared or Input(self.gemms, activation, role)
-        result: Tensor = _LinearFunction.apply(activation.value, self.weight, self, given, role)  # type: ignore[no-untyped-call]
+        result: Tensor = _LinearFunction.apply(activation.value, self.weight, self, given)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -84,25 +84,26 @@ class StackedLinear(Weight):
 
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: Linear, given: Input, role: Role) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: Linear, given: Input) -> Tensor:
         operand = layer.operand()
         ctx.save_for_backward(*operand, *given.kept)
-        ctx.layer, ctx.later, ctx.role, ctx.operands, ctx.shape = layer, given.later, role, len(operand), x.shape
+        ctx.layer, ctx.later, ctx.operands, ctx.shape = layer, given.later, len(operand), x.shape
         y_SO = layer.gemms.forward(given.rows, operand, one_group(x))
         return y_SO.view(*x.shape[:-1], y_SO.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        operand, kept = ctx.saved_tensors[: ctx.operands], ctx.saved_tensors[ctx.operands :]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        operand, kept = saved[: ctx.operands], saved[ctx.operands :]
         layer, later, groups = ctx.layer, ctx.later, one_group(dy)
-        rows, columns = layer.gemms.gradient(dy.reshape(-1, dy.shape[-1]), ctx.role)
+        rows, columns = layer.gemms.gradient(dy.reshape(-1, dy.shape[-1]), later.role)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = layer.gemms.input_gradient(rows, operand, groups).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             put_weight_gradient(layer, columns, lambda: later.columns(kept), groups)
-        return dx, None, None, None, None
+        return dx, None, None, None
 
 
 def one_group(x: Tensor) -> list[Group]:
