@@ -101,8 +101,6 @@ def test_a_weight_change_below_one_quantum_changes_nothing():
         layer.weight[moved] *= 1 + 2.0**-20
         after = layer(x)
     assert moved.float().mean() > 0.5
-    codes_moved = rounded(layer.weight, (128, 128))
-    assert np.isfinite(codes_moved).all()
     assert (before != after).float().mean() < 0.02  # only values next to a rounding boundary may move
     with torch.no_grad():
         exact = Linear(256, 4, gemms("bf16"), WeightGradientStore())
@@ -123,7 +121,7 @@ def test_each_gemm_runs_once_and_weights_are_quantised_once_a_step(monkeypatch, 
     monkeypatch.setattr(emulated, "quantise", lambda x, tile, *a: (calls.append(tile), real_quantise(x, tile, *a))[1])
     layer, x, dy = layer_and_data()
     with layer.store.accumulating():
-        for _ in range(2):
+        for microbatch in range(2):
             if deferred:
                 with layer.store.deferred():
                     layer(x).backward(dy)
@@ -133,8 +131,7 @@ def test_each_gemm_runs_once_and_weights_are_quantised_once_a_step(monkeypatch, 
                 layer(x).backward(dy)
             assert calls.count("rows") == 2
             assert calls.count("weight") == 1
-            first = calls.count((128, 128)) == 1
-            assert first == (_ == 0)
+            assert calls.count((128, 128)) == (1 if microbatch == 0 else 0)
             calls.clear()
 
 

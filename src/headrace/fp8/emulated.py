@@ -70,14 +70,13 @@ class ReferenceGemms:
         if cache == "bf16":
             return (x_SI,)
         if cache == "e5m6":
-            kept = quantise_e5m6(x_SI)
-            return kept.packed, kept.scales, x_SI.new_empty(0, x_SI.shape[1])  # the last one for its width
+            return quantise_e5m6(x_SI).tensors
         return rows.quantised.codes, rows.quantised.scales
 
     def columns(self, kept: tuple[Tensor, ...], role: Role) -> Tensor:
         """128x1 tiles, dequantised: [S, I]."""
         if role == "attention" and self.config.attention_output_cache != "e4m3":
-            return self._columns(kept[0] if len(kept) == 1 else _restored(*kept))
+            return self._columns(kept[0] if len(kept) == 1 else QuantisedE5M6.of(*kept).dequantise())
         codes, scales = kept
         tile = (1, TILE) if self.config.activation_tile == "1x128" else _whole(codes)
         return self._columns(Quantised(codes, scales, tile).dequantise(torch.float32))
@@ -150,10 +149,6 @@ class ReferenceGemms:
     @staticmethod
     def _power_of_two(scales: str) -> bool:
         return scales == "power_of_two"
-
-
-def _restored(packed: Tensor, scales: Tensor, width: Tensor) -> Tensor:
-    return QuantisedE5M6(packed, scales, torch.Size((scales.shape[0], width.shape[1]))).dequantise()
 
 
 def _whole(x: Tensor) -> tuple[int, int]:

@@ -68,8 +68,7 @@ class KernelGemms:
         if cache == "bf16":
             return (x_SI,)
         if cache == "e5m6":
-            kept = quantise_e5m6(x_SI)
-            return kept.packed, kept.scales, x_SI.new_empty(0, x_SI.shape[1])  # the last one for its width
+            return quantise_e5m6(x_SI).tensors
         return rows.codes, rows.scales
 
     def columns(self, kept: tuple[Tensor, ...], role: Role) -> Codes:
@@ -82,9 +81,7 @@ class KernelGemms:
                 scales = functional.pad(scales, (0, 0, 0, missing), value=1.0)
             return Codes(*quantisation.requantise_columns(codes, scales, power_of_two=self._transposed()))
         if len(kept) == 3:
-            packed, scales, width = kept
-            shape = torch.Size((scales.shape[0], width.shape[1]))
-            return self._both(QuantisedE5M6(packed, scales, shape).dequantise(), False)[1]
+            return self._both(QuantisedE5M6.of(*kept).dequantise(), False)[1]
         return self._both(kept[0], False)[1]
 
     def gradient(self, dy_SO: Tensor, role: Role) -> tuple[Codes, Codes]:

@@ -80,10 +80,12 @@ class ScaledMm:
         out: Tensor,
         accumulate: bool,
     ) -> Tensor:
-        """[E, O, I] FP32, one product per expert that has rows."""
+        """[E, O, I] FP32, one product per expert that has rows; the others get zeros, or keep what they have."""
         bounds = offsets.tolist()
         for expert, (start, end) in enumerate(pairwise(bounds)):
             if start == end:
+                if not accumulate:
+                    out[expert].zero_()
                 continue
             tiles = slice(start // TILE, end // TILE)
             product = self._product(

@@ -171,6 +171,16 @@ class QuantisedE5M6:
         """Bytes held by codes and scales."""
         return self.packed.nbytes + self.scales.nbytes
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All of it as tensors that autograd can keep; the third is empty and has the width."""
+        return self.packed, self.scales, self.scales.new_empty(0, self.shape[-1])
+
+    @staticmethod
+    def of(packed: Tensor, scales: Tensor, width: Tensor) -> "QuantisedE5M6":
+        """The inverse of `tensors`."""
+        return QuantisedE5M6(packed, scales, torch.Size((*scales.shape[:-1], width.shape[-1])))
+
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """code * scale in FP32 or BF16: both exact, as far as they reach."""
         codes = unpack12(self.packed, self.shape.numel()).view(self.shape)
