@@ -117,8 +117,8 @@ class Trial:
         """[1, T, D]."""
         if isinstance(self.module, Layer):
             return self.module(self.hidden, self.rotation)[0]
-        given = self.module.dispatch(Activation(self.hidden).flatten())
-        return self.module.combine(given, self.module.compute(given)).view_as(self.hidden)
+        x_ND = Activation(self.hidden).flatten()
+        return self.module(x_ND, self.module.gate(x_ND)).view_as(self.hidden)
 
     def step(self) -> Tensor:
         """Forward and backward; the output."""

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
-from headrace.model.dispatch import Dispatched
+from headrace.model.dispatch import Received
 from headrace.model.experts import DenseFeedForward, Experts
 
 COUNTS = [40, 0, 7, 300, 1]
@@ -35,7 +35,7 @@ def test_value_and_every_gradient(compute, deferred):
     dtype = experts.gate_proj.dtype
     x, dy = torch.randn(sum(COUNTS), 24).to(dtype).requires_grad_(), torch.randn(sum(COUNTS), 24).to(dtype)
     weights = torch.rand(sum(COUNTS), requires_grad=True)
-    y = experts(Dispatched(x, x.detach(), weights, COUNTS, torch.empty(0), torch.empty(0)))
+    y = experts(x, weights, Received(x.detach(), weights.detach(), COUNTS, None))
     if deferred:
         with experts.gate_proj.store.deferred():
             y.backward(dy)

@@ -7,12 +7,12 @@ multiplies the narrow activations before the down projection, where it costs lea
 Like the report (section 3.2.3, "recomputation"), the backward pass computes the SwiGLU output again instead of keeping
 it, from gate and up projection as they were kept: in FP8 these are rounded (`swiglu_input_cache`).
 
-Both kinds offer the same three steps, `dispatch`, `compute`, `combine`, which a pipeline may interleave.
+A mixture in one piece is `MoeFeedForward.forward`; a pipeline takes its parts and puts computation of another
+microbatch between them.
 Shapes: N tokens, S rows sorted by expert, D model width, I intermediate width, E experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,27 +26,10 @@ from headrace.fp8.gemms import groups_of
 from headrace.fp8.linear import Linear, StackedLinear, Weight, put_weight_gradient
 from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
-from headrace.model.dispatch import Dispatched, Dispatcher
+from headrace.model.dispatch import Dispatcher, Received, as_rows, as_tokens
 from headrace.model.router import Router, Routing
 
 _BLOCK = 1 << 17  # elements of an activation worked on at a time on the CPU, so that they stay in the cache
-
-
-@dataclass(frozen=True)
-class FeedForwardInput:
-    """What the `dispatch` step hands on: the tokens of this rank, and the rows its experts received."""
-
-    x_ND: Activation
-    routing: Routing | None
-    dispatched: Dispatched | None
-
-
-@dataclass(frozen=True)
-class FeedForwardOutput:
-    """What the `compute` step hands on: the result on this rank's tokens, and the rows to be combined."""
-
-    local_ND: Tensor
-    rows_SD: Tensor | None
 
 
 class DenseFeedForward(nn.Module):
@@ -67,18 +50,6 @@ class DenseFeedForward(nn.Module):
             x.value, None, [x.value.shape[0]], shared, self.keep_hidden, self.gate_proj, self.up_proj, self.down_proj
         )
 
-    def dispatch(self, x_ND: Activation) -> FeedForwardInput:
-        """Nothing to send."""
-        return FeedForwardInput(x_ND, None, None)
-
-    def compute(self, given: FeedForwardInput) -> FeedForwardOutput:
-        """The whole network."""
-        return FeedForwardOutput(self(given.x_ND), None)
-
-    def combine(self, given: FeedForwardInput, out: FeedForwardOutput) -> Tensor:
-        """Nothing to fetch."""
-        return out.local_ND
-
 
 class Experts(nn.Module):
     """The routed experts of a layer, stacked: weights [E, I, D], [E, I, D], [E, D, I]."""
@@ -92,12 +63,15 @@ class Experts(nn.Module):
         self.down_proj = StackedLinear(count, intermediate, width, numerics.linear, store)
         self.keep_hidden = not numerics.recompute.swiglu
 
-    def forward(self, received: Dispatched) -> Tensor:
-        """Results [S, D] of the rows received, times their routing weights."""
-        shared = Input(self.gate_proj.gemms, Activation(received.rows_SD), "dispatched", users=2, rows=received.operand)
+    def forward(self, rows_SD: Tensor, weights_S: Tensor, received: Received) -> Tensor:
+        """Results [S, D] of the rows received, times their routing weights.
+
+        `rows_SD` and `weights_S` carry the gradients (`dispatch.as_rows`); the rows' values are in `received`.
+        """
+        shared = Input(self.gate_proj.gemms, Activation(rows_SD), "dispatched", users=2, rows=received.operand)
         return gated_mlp(
-            received.rows_SD,
-            received.weights_S,
+            rows_SD,
+            weights_S,
             received.counts,
             shared,
             self.keep_hidden,
@@ -108,7 +82,7 @@ class Experts(nn.Module):
 
 
 class MoeFeedForward(nn.Module):
-    """Router, routed experts and shared experts."""
+    """Router, shared experts, and those of the routed experts that `dispatcher` says are here."""
 
     def __init__(
         self, config: ModelConfig, numerics: Numerics, store: WeightGradientStore, dispatcher: Dispatcher
@@ -116,27 +90,17 @@ class MoeFeedForward(nn.Module):
         super().__init__()
         width, intermediate = config.hidden_size, config.moe_intermediate_size
         self.gate = Router(config)
-        self.experts = Experts(config.n_routed_experts, width, intermediate, numerics, store)
+        self.local = dispatcher.local_experts(config.n_routed_experts)
+        self.experts = Experts(len(self.local), width, intermediate, numerics, store)
         self.shared_experts = DenseFeedForward(width, intermediate * config.n_shared_experts, numerics, store)
         self.dispatcher = dispatcher
 
-    def dispatch(self, x_ND: Activation) -> FeedForwardInput:
-        """Route every token and send it to its experts."""
-        routing = self.gate(x_ND)
-        return FeedForwardInput(x_ND, routing, self.dispatcher.dispatch(x_ND.value, routing))
-
-    def compute(self, given: FeedForwardInput) -> FeedForwardOutput:
-        """Routed experts on the rows received, shared experts on this rank's own tokens."""
-        assert given.dispatched is not None
-        received = given.dispatched
-        rows_SD = self.experts(received)
-        return FeedForwardOutput(self.shared_experts(given.x_ND), rows_SD)
-
-    def combine(self, given: FeedForwardInput, out: FeedForwardOutput) -> Tensor:
-        """Fetch the experts' results and add them to the shared experts'."""
-        assert given.dispatched is not None
-        assert out.rows_SD is not None
-        return out.local_ND + self.dispatcher.combine(out.rows_SD, given.dispatched)
+    def forward(self, x_ND: Activation, routing: Routing) -> Tensor:
+        """[N, D] to [N, D] in one piece, differentiable."""
+        received = self.dispatcher.send(x_ND.value.detach(), routing)
+        rows_SD = self.experts(*as_rows(self.dispatcher, received, x_ND.value, routing.weights_NK), received)
+        shared_ND: Tensor = self.shared_experts(x_ND)
+        return shared_ND + as_tokens(self.dispatcher, received, rows_SD)
 
 
 def gated_mlp(

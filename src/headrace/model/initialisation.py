@@ -29,13 +29,14 @@ def standard_deviation(config: ModelConfig) -> float:
 def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
     """Fill every parameter and buffer of `model` in place; the same on every device."""
     std = standard_deviation(config)
+    local = model.local_experts()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
         elif parameter.dim() == 3:
             prefix, projection = name.rsplit(".experts.", 1)
-            for expert in range(parameter.shape[0]):
-                _draw(parameter[expert], f"{prefix}.experts.{expert}.{projection}", std, seed)
+            for index, expert in enumerate(local):
+                _draw(parameter[index], f"{prefix}.experts.{expert}.{projection}", std, seed)
         else:
             _draw(parameter, name, std, seed)
     for buffer in model.buffers():

@@ -1,12 +1,12 @@
-"""One transformer layer, in four steps that can be run apart.
+"""One transformer layer, in steps that can be run apart.
 
-    h = h + MLA(norm(h))                      attention     computation
-    send norm(h) to the experts               dispatch      communication
-    feed-forward on what was received         experts       computation
-    h = h + what comes back                   combine       communication
+    h = h + MLA(norm(h)), route norm(h)       attend        computation
+    send norm(h) to the experts               dispatch      communication (`Dispatcher.send`)
+    feed-forward on what was received         feed_forward  computation
+    h = h + what comes back                   combine       communication (`Dispatcher.collect`)
 
 A pipeline that overlaps two microbatches (report, section 3.2.1) interleaves the steps; `forward` runs them in order.
-Shapes: B batch, T tokens, D model width.
+Shapes: B batch, T tokens, N = B * T, D model width, S rows received.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,24 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from headrace.config.schema import ModelConfig
+from headrace.fp8.activations import Activation
 from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
 from headrace.model.attention import LatentAttention
 from headrace.model.dispatch import Dispatcher
-from headrace.model.experts import DenseFeedForward, FeedForwardInput, FeedForwardOutput, MoeFeedForward
+from headrace.model.experts import DenseFeedForward, MoeFeedForward
 from headrace.model.norm import RMSNorm
 from headrace.model.rope import Rotation
 from headrace.model.router import Routing
 
 
 @dataclass(frozen=True)
-class LayerState:
-    """Between `dispatch` and `combine`: the residual stream, and what the feed-forward network was given."""
+class Attended:
+    """What the first step gives: the residual stream, and what the feed-forward network reads."""
 
     residual_BTD: Tensor
-    given: FeedForwardInput
+    x_ND: Activation
+    routing: Routing | None  # None for a dense layer
 
 
 class Layer(nn.Module):
@@ -49,25 +51,16 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def attention(self, hidden_BTD: Tensor, rotation: Rotation) -> Tensor:
-        """Step 1: hidden states [B, T, D] plus attention's output."""
+    def attend(self, hidden_BTD: Tensor, rotation: Rotation) -> Attended:
+        """Step 1: attention, then the norm and the router of what follows."""
         attended: Tensor = self.self_attn(self.input_layernorm.normalise(hidden_BTD, self.again), rotation)
-        return hidden_BTD + attended
-
-    def dispatch(self, hidden_BTD: Tensor) -> LayerState:
-        """Step 2: normalise, route, and send to the experts."""
-        x = self.post_attention_layernorm.normalise(hidden_BTD, self.again)
-        return LayerState(hidden_BTD, self.mlp.dispatch(x.flatten()))
-
-    def experts(self, state: LayerState) -> FeedForwardOutput:
-        """Step 3: the feed-forward computation on this rank."""
-        return self.mlp.compute(state.given)
-
-    def combine(self, state: LayerState, out: FeedForwardOutput) -> Tensor:
-        """Step 4: fetch the results and add them to the residual stream, [B, T, D]."""
-        return state.residual_BTD + self.mlp.combine(state.given, out).view_as(state.residual_BTD)
+        residual_BTD = hidden_BTD + attended
+        x_ND = self.post_attention_layernorm.normalise(residual_BTD, self.again).flatten()
+        routing = self.mlp.gate(x_ND) if isinstance(self.mlp, MoeFeedForward) else None
+        return Attended(residual_BTD, x_ND, routing)
 
     def forward(self, hidden_BTD: Tensor, rotation: Rotation) -> tuple[Tensor, Routing | None]:
-        """All four steps: hidden states [B, T, D] and the routing, None for a dense layer."""
-        state = self.dispatch(self.attention(hidden_BTD, rotation))
-        return self.combine(state, self.experts(state)), state.given.routing
+        """All steps: hidden states [B, T, D] and the routing, None for a dense layer."""
+        attended = self.attend(hidden_BTD, rotation)
+        given = (attended.x_ND,) if attended.routing is None else (attended.x_ND, attended.routing)
+        return attended.residual_BTD + self.mlp(*given).view_as(attended.residual_BTD), attended.routing

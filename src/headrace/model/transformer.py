@@ -110,7 +110,8 @@ class Transformer(nn.Module):
         numerics = Numerics.of(numerics)
         self.config, self.numerics = config, numerics
         self.store = store or WeightGradientStore()
-        self.model = Backbone(config, numerics, self.store, dispatcher or LocalDispatcher(numerics.linear))
+        self.dispatcher = dispatcher or LocalDispatcher(numerics.linear)
+        self.model = Backbone(config, numerics, self.store, self.dispatcher)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, numerics.plain, self.store)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -155,6 +156,10 @@ class Transformer(nn.Module):
     def routers(self) -> list[Router]:
         """The routers in the order of `Losses.counts`."""
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoeFeedForward)]
+
+    def local_experts(self) -> range:
+        """The routed experts that this process holds, of every layer."""
+        return self.dispatcher.local_experts(self.config.n_routed_experts)
 
     def update_router_bias(self, counts_LE: Tensor, speed: float) -> None:
         """Move every selection bias by `speed` towards an even load, given the whole global batch's counts."""
