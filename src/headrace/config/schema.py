@@ -312,9 +312,11 @@ class ParallelConfig:
     pipeline: Positive
     expert: Positive
     data: Positive
-    node_size: Positive
-    schedule: Literal["auto"]
-    microbatch: Positive | None  # sequences per forward pass; null takes the whole step's batch
+    node_size: Positive  # ranks of one node, between which sending is cheap
+    schedule: Literal["auto", "1f1b", "interleaved_1f1b", "zb1p", "zb_v", "dualpipe", "dualpipe_v"]
+    layers: tuple[Count, ...] | None  # layers of each pipeline stage; null splits evenly
+    dispatch: Literal["all_to_all", "deepep"]  # how tokens travel to experts on other ranks
+    microbatch: Positive | None  # sequences per forward pass; null takes a rank's whole share of the step's batch
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,9 @@ class LaunchConfig:
 
     __pydantic_config__ = _CLOSED
     device: Literal["cpu", "cuda", "auto"]
-    threads: Positive | None  # CPU threads of one process; null takes all cores
+    threads: Positive | None  # CPU threads of one process; null shares all cores among the ranks of this machine
+    start: Literal["local", "srun", "torchrun"]  # how the ranks of a layout with more than one are started
+    hang_seconds: PositiveFloat  # a rank without a sign of life for so long ends the run
     minutes: PositiveFloat | None  # time budget of one job; the stage saves and exits 75 before it ends
     rerun: Literal["loop", "slurm"]  # what exit 75 leads to: run again at once, or `scontrol requeue`
 
