@@ -5,7 +5,7 @@ SNAKEMAKE := $(BIN)/snakemake
 # Kernels are also compiled with the newest Triton, ahead of the one that torch names (tests/kernels).
 NEWEST_TRITON := 3.9.0
 
-.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-gpu bench-overhead bench-seeds
+.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-gpu bench-overhead bench-seeds
 
 run: setup
 	$(SNAKEMAKE)
@@ -51,6 +51,9 @@ bench-overhead: setup
 
 bench-fp8: setup
 	$(BIN)/python benchmarks/fp8.py
+
+bench-dispatch: setup
+	$(BIN)/python benchmarks/dispatch.py
 
 bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py

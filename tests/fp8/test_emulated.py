@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headrace.config.compose import load
+from headrace.errors import UserError
 from headrace.fp8 import emulated
 from headrace.fp8.activations import Activation, Input
 from headrace.fp8.emulated import ReferenceGemms
@@ -222,3 +223,28 @@ def test_ablations_change_what_they_say(changes):
     for a, b in zip(*results, strict=True):
         assert torch.isfinite(b).all()
         assert (a - b).norm() < (1.0 if "activation_tile" in changes else 0.2) * a.norm()
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 256, 300])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_packed_rows_are_codes_then_scales_and_come_back_to_the_bit(compute, width):
+    ours = gemms(compute)
+    x = (torch.randn(5, width) * torch.logspace(-3, 3, 5)[:, None]).to(ours.dtype)
+    for rows in (ours.rows(x, "dispatched"), ours.rows(x[:0], "dispatched")):
+        packed = ours.pack(rows)
+        count = rows.operand_SI.shape[0]
+        assert (packed.dtype, packed.shape) == (torch.uint8, (count, width + 4 * -(-width // 128)))
+        back = ours.unpack(packed)
+        assert torch.equal(back.operand_SI, rows.operand_SI)
+        assert torch.equal(back.quantised.codes.view(torch.uint8), rows.quantised.codes.view(torch.uint8))
+        assert torch.equal(back.quantised.scales, rows.quantised.scales)
+        assert back.quantised.tile == rows.quantised.tile
+    order = torch.tensor([3, 0, 4])  # each row by itself: packed rows may be taken in any order
+    taken = ours.unpack(ours.pack(ours.rows(x, "dispatched"))[order])
+    assert torch.equal(taken.operand_SI, ours.rows(x[order], "dispatched").operand_SI)
+
+
+def test_rows_that_share_a_scale_cannot_be_sent():
+    ours = gemms(activation_tile="tensor")
+    with pytest.raises(UserError, match=r"activation_tile=tensor.*1x128"):
+        ours.pack(ours.rows(torch.randn(3, 8), "dispatched"))

@@ -50,3 +50,25 @@ def test_bf16_products_accumulate_in_fp32():
         add_product(*store.gradient(parameter), one, tiny)
     assert parameter.grad.dtype == torch.float32
     assert parameter.grad.item() == 1 + 4 * 2.0**-10  # in BF16 each addition would round back to 1
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp64"])
+def test_packed_rows_are_their_bytes(compute):
+    gemms = PlainGemms(compute)
+    x = torch.randn(4, 6).to(gemms.dtype).T  # not contiguous
+    packed = gemms.pack(gemms.rows(x, "dispatched"))
+    assert packed.shape == (6, 4 * gemms.dtype.itemsize)
+    assert packed.numpy().tobytes() == x.contiguous().view(torch.uint8).numpy().tobytes()
+    assert torch.equal(gemms.unpack(packed), x)
+
+
+def test_float64_weights_keep_their_digits():
+    gemms, store = PlainGemms("fp64"), WeightGradientStore()
+    layer = StackedLinear(1, 7, 5, gemms, store).double()
+    torch.nn.init.normal_(layer.weight)
+    x, dy = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
+    y = gemms.forward(x, layer.operand(), [(0, 0, 9)])
+    torch.testing.assert_close(y, x @ layer.weight[0].detach().T, rtol=1e-14, atol=1e-14)
+    for _ in range(2):
+        put_weight_gradient(layer, dy, lambda: x, [(0, 0, 9)])
+    torch.testing.assert_close(layer.weight.grad[0], 2 * dy.T @ x, rtol=1e-14, atol=1e-14)

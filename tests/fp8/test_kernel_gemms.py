@@ -81,3 +81,18 @@ def test_a_weight_changed_between_forward_and_backward_is_refused():
     layer.operand()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("width", [128, 136])
+def test_packed_rows_are_the_emulations_bytes_and_come_back_to_the_bit(width):
+    reference, kernel = (layer.gemms for layer in both(width, 8))
+    x = (torch.randn(6, width) * torch.logspace(-3, 3, 6)[:, None]).to(DEVICE)
+    rows = kernel.rows(x, "dispatched")
+    packed = kernel.pack(rows)
+    assert torch.equal(packed, reference.pack(reference.rows(x, "dispatched")))
+    order = torch.tensor([4, -1, 0, 5], device=DEVICE)
+    back = kernel.unpack(packed)
+    for ours, theirs in ((back, rows), (kernel.take(back, order), kernel.take(rows, order))):
+        assert torch.equal(ours.codes.view(torch.uint8), theirs.codes.view(torch.uint8))
+        assert torch.equal(ours.scales, theirs.scales)
+    assert ours.scales.stride() == theirs.scales.stride()

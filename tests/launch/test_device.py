@@ -1,5 +1,7 @@
 """The device: what is asked for and missing is an error, `auto` picks."""
 
+import os
+
 import pytest
 import torch
 
@@ -23,5 +25,17 @@ def test_threads_are_set() -> None:
         assert use_threads(1) == 1
         assert torch.get_num_threads() == 1
         assert use_threads(None) >= 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    before = torch.get_num_threads()
+    try:
+        assert use_threads(None) == 8
+        assert use_threads(None, ranks_here=3) == 2
+        assert use_threads(None, ranks_here=16) == 1
+        assert use_threads(5, ranks_here=16) == 5
     finally:
         torch.set_num_threads(before)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headrace.config.compose import load
 from headrace.errors import UserError
+from headrace.parallel.shards import Piece, pieces_of
 from headrace.training.optimizer import Optimizer, takes_decay, takes_muon
 
 CONFIG = load([])
@@ -22,6 +23,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "model.layers.2.eh_proj.weight": (8, 16),
     "lm_head.weight": (20, 8),
 }
+
+STACK = "model.layers.1.mlp.experts.gate_proj.weight"
 
 
 def parameters() -> dict[str, Tensor]:
@@ -38,18 +41,18 @@ def step(optimizer: Optimizer, tensors: dict[str, Tensor], seed: int) -> None:
 
 def build(tensors: dict[str, Tensor], name: str = "muon", **precision: Any) -> Optimizer:
     optimizer = replace(CONFIG.recipe.optimizer, name=name)
-    return Optimizer(tensors, optimizer, replace(CONFIG.precision, **precision))
+    return Optimizer(pieces_of(tensors.items()), optimizer, replace(CONFIG.precision, **precision))
 
 
 def test_who_takes_what() -> None:
     tensors = parameters()
-    assert [name for name, tensor in tensors.items() if takes_muon(name, tensor)] == [
+    assert [name for name, tensor in tensors.items() if takes_muon(name, tensor.shape)] == [
         "model.layers.0.self_attn.q_a_proj.weight",
         "model.layers.1.mlp.experts.gate_proj.weight",
         "model.layers.1.mlp.shared_experts.gate_proj.weight",
         "model.layers.2.eh_proj.weight",
     ]
-    undecayed = {name for name, tensor in tensors.items() if not takes_decay(name, tensor)}
+    undecayed = {name for name, tensor in tensors.items() if not takes_decay(name, tensor.shape)}
     assert undecayed == {"model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"}
 
 
@@ -62,8 +65,8 @@ def test_zero_gradients_show_exactly_what_decays() -> None:
             tensor.grad = torch.zeros_like(tensor)
         optimizer.step(1e-2, 2e-2)
         for key, tensor in tensors.items():
-            rate = 2e-2 if name == "muon" and takes_muon(key, tensor) else 1e-2
-            factor = 1 - rate * 0.1 if takes_decay(key, tensor) else 1.0
+            rate = 2e-2 if name == "muon" and takes_muon(key, tensor.shape) else 1e-2
+            factor = 1 - rate * 0.1 if takes_decay(key, tensor.shape) else 1.0
             torch.testing.assert_close(tensor.detach(), before[key] * factor, rtol=1e-6, atol=0)
 
 
@@ -71,7 +74,7 @@ def test_state_is_named_after_parameters_and_shaped_like_them() -> None:
     tensors = parameters()
     state = build(tensors).state_tensors()
     for name, tensor in tensors.items():
-        moments = {"momentum"} if takes_muon(name, tensor) else {"exp_avg", "exp_avg_sq"}
+        moments = {"momentum"} if takes_muon(name, tensor.shape) else {"exp_avg", "exp_avg_sq"}
         assert {key.rpartition("/")[2] for key in state if key.rpartition("/")[0] == name} == moments
         assert all(state[f"{name}/{moment}"].shape == tensor.shape for moment in moments)
     assert len(build(tensors, "adamw").state_tensors()) == 2 * len(tensors)
@@ -105,3 +108,31 @@ def test_state_of_another_optimizer_is_refused_by_name() -> None:
     saved["lm_head.weight/exp_avg"] = torch.zeros(3, 3)
     with pytest.raises(UserError, match=r"lm_head\.weight/exp_avg.*\[3, 3\].*\[20, 8\]"):
         build(tensors).load_state_tensors(saved.__getitem__, list(saved), "state.safetensors")
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_pieces_are_classed_by_the_whole_shape_and_move_as_in_one_piece(moments: str) -> None:
+    """A run of the embedding's elements has one dimension, like a norm; so does one of the head, which decays."""
+    tensors = parameters()
+    whole = build(tensors, optimizer_moments=moments)
+    cut = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    pieces = pieces_of((key, t) for key, t in cut.items() if key not in ("lm_head.weight", STACK))
+    head, stack = cut["lm_head.weight"].view(-1)[48:], cut[STACK][1:3]
+    pieces += [Piece("lm_head.weight", head, (20, 8), 48), Piece(STACK, stack, (4, 6, 8), 48)]
+    optimizer = Optimizer(
+        pieces, replace(CONFIG.recipe.optimizer, name="muon"), replace(CONFIG.precision, optimizer_moments=moments)
+    )
+    for seed in (1, 2):
+        step(whole, tensors, seed)
+        for piece in pieces:
+            generator = torch.Generator().manual_seed(seed)
+            gradients = {key: torch.randn(t.shape, generator=generator) for key, t in tensors.items()}
+            gradient = gradients[piece.name].view(-1)[piece.start : piece.start + piece.tensor.numel()]
+            piece.tensor.grad = gradient.view(piece.tensor.shape).clone()
+        optimizer.step(1e-2, 2e-2)
+    for piece in pieces:
+        expected = tensors[piece.name].detach().view(-1)[piece.start : piece.start + piece.tensor.numel()]
+        torch.testing.assert_close(piece.tensor.view(-1), expected, rtol=0, atol=1e-7)
+    moved = {piece.name: (piece.shape, piece.start) for piece in optimizer.moments()}
+    assert moved["lm_head.weight/exp_avg_sq"] == ((20, 8), 48)
+    assert moved[f"{STACK}/momentum"] == ((4, 6, 8), 48)

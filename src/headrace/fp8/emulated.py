@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from headrace.config.schema import Fp8Config
+from headrace.errors import UserError
 from headrace.fp8.accumulator import matmul_hopper
 from headrace.fp8.gemms import Compute, Group, Role, add_product, dtype_of, multiply_rows, stacked
 from headrace.fp8.quantise import Quantised, QuantisedE5M6, quantise, quantise_e5m6
@@ -63,6 +64,20 @@ class ReferenceGemms:
             codes[empty], operand[empty] = 0, 0
         tile = rows.quantised.tile if per_row else _whole(codes)
         return Rows(Quantised(codes.view(torch.float8_e4m3fn), scales, tile), operand)
+
+    def pack(self, rows: Rows) -> Tensor:
+        """E4M3 codes, then the row's FP32 scales."""
+        if self.config.activation_tile == "tensor":
+            raise UserError(
+                "precision.fp8.activation_tile=tensor: a row sent to another rank needs a scale of its own; "
+                "use 1x128 or parallel.expert=1"
+            )
+        return pack_rows(rows.quantised.codes, rows.quantised.scales)
+
+    def unpack(self, packed_SB: Tensor) -> Rows:
+        """The inverse of `pack`."""
+        quantised = Quantised(*unpack_rows(packed_SB), (1, TILE))
+        return Rows(quantised, quantised.dequantise(self.dtype))
 
     def keep(self, x_SI: Tensor, rows: Rows, role: Role) -> tuple[Tensor, ...]:
         """E4M3 in 1x128 tiles; after attention what `attention_output_cache` says."""
@@ -149,6 +164,20 @@ class ReferenceGemms:
     @staticmethod
     def _power_of_two(scales: str) -> bool:
         return scales == "power_of_two"
+
+
+def pack_rows(codes_SI: Tensor, scales: Tensor) -> Tensor:
+    """E4M3 codes [S, I] and FP32 scales [S, ceil(I / 128)] of 1x128 tiles as bytes, a row's scales after its codes."""
+    by_row = scales.clone(memory_format=torch.contiguous_format)  # the kernels' scales lie by column
+    return torch.cat([codes_SI.view(torch.uint8), by_row.view(torch.uint8)], dim=1)
+
+
+def unpack_rows(packed_SB: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_rows`. The width follows from the bytes: 132 for each whole tile of 128."""
+    tiles = -(-packed_SB.shape[1] // (TILE + 4))
+    width = packed_SB.shape[1] - 4 * tiles
+    codes, scales = (part.clone(memory_format=torch.contiguous_format) for part in packed_SB.tensor_split([width], 1))
+    return codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
 
 
 def _whole(x: Tensor) -> tuple[int, int]:

@@ -22,18 +22,23 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Compute = Literal["fp32", "bf16"]
+Compute = Literal["fp32", "bf16", "fp64"]  # fp64 is for tests; no configuration offers it
 Group = tuple[int, int, int]
 Role = Literal["hidden", "latent", "attention", "dispatched", "swiglu"]
 """Where a linear layer's input comes from: a norm (`hidden`, or `latent` inside MLA), the attention core, the
 dispatcher, or SwiGLU. Scales and caches may differ by role."""
 
-_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def dtype_of(compute: Compute) -> torch.dtype:
     """The torch dtype of activations under `compute`."""
     return _DTYPES[compute]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of arithmetic that is FP32 whatever the compute dtype: FP32, and FP64 where that is FP64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def groups_of(counts: Sequence[int]) -> list[Group]:
@@ -62,6 +67,17 @@ class Gemms(Protocol):
 
     def take(self, rows: Any, index_S: Tensor) -> Any:
         """Rows of an operand in another order; index -1 stands for a row of zeros."""
+        ...
+
+    def pack(self, rows: Any) -> Tensor:
+        """An operand of `dispatched` rows as bytes [S, B] (uint8), each row by itself, to be sent to another rank.
+
+        Raises `UserError` where a row's operand depends on other rows.
+        """
+        ...
+
+    def unpack(self, packed_SB: Tensor) -> Any:
+        """The operand that was packed, to the bit; rows may have been taken in another order or from other packs."""
         ...
 
     def keep(self, x_SI: Tensor, rows: Any, role: Role) -> tuple[Tensor, ...]:
@@ -112,7 +128,7 @@ class PlainGemms:
         self.row_multiple = 32 if compute == "bf16" else 1
 
     def weight(self, master: Tensor, old: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        if self.dtype == torch.float32:
+        if self.dtype == master.dtype:
             return (master,)
         return (master.to(self.dtype),) if old is None else (old[0].copy_(master),)
 
@@ -121,6 +137,12 @@ class PlainGemms:
 
     def take(self, rows: Tensor, index_S: Tensor) -> Tensor:
         return rows.index_select(0, index_S.clamp(min=0))  # rows that only fill up have weight 0: any will do
+
+    def pack(self, rows: Tensor) -> Tensor:
+        return rows.contiguous().view(torch.uint8)
+
+    def unpack(self, packed_SB: Tensor) -> Tensor:
+        return packed_SB.view(self.dtype)
 
     def keep(self, x_SI: Tensor, rows: Tensor, role: Role) -> tuple[Tensor, ...]:
         return (rows,)
@@ -174,7 +196,7 @@ def add_product(gradient: Tensor, fresh: bool, left_SO: Tensor, right_SI: Tensor
     BF16 products come out of the GEMM in FP32 on CUDA. The CPU has no such GEMM: there the product of one call is
     rounded to BF16 once, and the accumulation over calls is FP32.
     """
-    if left_SO.dtype == torch.float32:
+    if left_SO.dtype == gradient.dtype:
         if fresh:
             torch.mm(left_SO.T, right_SI, out=gradient)
         else:

@@ -22,6 +22,7 @@ from torch.nn import functional
 import headrace_fp8_quantisation as quantisation
 from headrace.config.schema import Fp8Config
 from headrace.fp8 import libraries
+from headrace.fp8.emulated import pack_rows, unpack_rows
 from headrace.fp8.gemms import Compute, Group, Role, dtype_of, stacked
 from headrace.fp8.quantise import Quantised, QuantisedE5M6, quantise_e5m6
 
@@ -61,6 +62,15 @@ class KernelGemms:
         index = index_S.clamp(min=0)
         codes = rows.codes.view(torch.uint8).index_select(0, index).masked_fill_((index_S < 0)[:, None], 0)
         return Codes(codes.view(torch.float8_e4m3fn), rows.scales.t().index_select(1, index).t())
+
+    def pack(self, rows: Codes) -> Tensor:
+        """E4M3 codes, then the row's FP32 scales."""
+        return pack_rows(rows.codes, rows.scales)
+
+    def unpack(self, packed_SB: Tensor) -> Codes:
+        """The inverse of `pack`; padding between rows or columns is left to `take`."""
+        codes, scales = unpack_rows(packed_SB)
+        return Codes(codes, scales.t().contiguous().t())
 
     def keep(self, x_SI: Tensor, rows: Codes, role: Role) -> tuple[Tensor, ...]:
         """E4M3 in 1x128 tiles; after attention what `attention_output_cache` says."""

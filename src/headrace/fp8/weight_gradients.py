@@ -47,12 +47,20 @@ class WeightGradientStore:
         finally:
             self._deferring = before
 
+    def take(self) -> list[Work]:
+        """What was queued, in the order it was put, for the caller to `do` later."""
+        queue, self._queue = self._queue, []
+        return queue
+
+    @torch.no_grad()
+    def do(self, works: Iterable[Work]) -> None:
+        """Run what was taken."""
+        for work in works:
+            work()
+
     def flush(self) -> None:
         """Run what was queued, in the order it was put."""
-        queue, self._queue = self._queue, []
-        with torch.no_grad():
-            for work in queue:
-                work()
+        self.do(self.take())
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

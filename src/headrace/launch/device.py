@@ -20,8 +20,11 @@ def resolve(device: str) -> torch.device:
     return torch.device(device)
 
 
-def use_threads(threads: int | None) -> int:
-    """Set torch's CPU threads; null takes every core that this process may run on. Returns the number."""
-    count = threads or len(os.sched_getaffinity(0))
+def use_threads(threads: int | None, ranks_here: int = 1) -> int:
+    """Set torch's CPU threads; null shares the cores that this process may run on among the machine's `ranks_here`.
+
+    Returns the number.
+    """
+    count = threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
     torch.set_num_threads(count)
     return count

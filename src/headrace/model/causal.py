@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from headrace.fp8.gemms import wide
+
 _BLOCK = 128  # queries per block
 _KEEP = 1024  # tokens
 
@@ -107,7 +109,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         batch, tokens, heads, width = dout.shape
         dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        dk, dv = torch.zeros_like(k, dtype=wide(k.dtype)), torch.zeros_like(v, dtype=wide(v.dtype))
         for index, start in enumerate(range(0, tokens, _BLOCK)):
             end = min(start + _BLOCK, tokens)
             probabilities = kept[index] if kept else _probabilities(q[:, start:end], k[:, :end])

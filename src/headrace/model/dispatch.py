@@ -151,9 +151,9 @@ def copy_to_rows(values_ND: Tensor, way: Way) -> Tensor:
     return rows_SD
 
 
-def carrier(received: Received, like: Tensor) -> Tensor:
-    """Rows [S, D] without memory of their own: only their shape, dtype and gradient count, values are in `operand`."""
-    return like.new_zeros(()).expand(received.rows, like.shape[1])
+def carrier(like_ND: Tensor, rows: int) -> Tensor:
+    """[rows, D] of zeros without memory of their own: only shape, dtype and gradient count."""
+    return like_ND.new_zeros(()).expand(rows, like_ND.shape[1])
 
 
 def as_rows(dispatcher: Dispatcher, received: Received, x_ND: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ class _Rows(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, weights_NK: Tensor, dispatcher: Dispatcher, received: Received
     ) -> tuple[Tensor, Tensor]:
         ctx.dispatcher, ctx.received = dispatcher, received
-        return carrier(received, x_ND), received.weights_S.clone()
+        return carrier(x_ND, received.rows), received.weights_S.clone()
 
     @staticmethod
     @once_differentiable

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from headrace.config.schema import ModelConfig
 from headrace.fp8.activations import Activation, Input
-from headrace.fp8.gemms import groups_of
+from headrace.fp8.gemms import groups_of, wide
 from headrace.fp8.linear import Linear, StackedLinear, Weight, put_weight_gradient
 from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
@@ -189,7 +189,7 @@ def _swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The SwiGLU output again, and the gradients of gate, up and routing weights; `dhidden` is overwritten by dgate."""
     hidden, dup = torch.empty_like(gate), torch.empty_like(up)
-    dweights = None if column is None else gate.new_empty(gate.shape[0], dtype=torch.float32)
+    dweights = None if column is None else gate.new_empty(gate.shape[0], dtype=wide(gate.dtype))
     for rows in _blocks(gate):
         activated = functional.silu(gate[rows])
         product = activated * up[rows]

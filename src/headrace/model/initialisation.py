@@ -8,6 +8,7 @@ which other tensors exist, or on how a layout divides them.
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -28,9 +29,16 @@ def standard_deviation(config: ModelConfig) -> float:
 @torch.no_grad()
 def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
     """Fill every parameter and buffer of `model` in place; the same on every device."""
+    initialise_parameters(model.named_parameters(), model.local_experts(), config, seed)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+@torch.no_grad()
+def initialise_parameters(named: Iterable[tuple[str, Tensor]], local: range, config: ModelConfig, seed: int) -> None:
+    """Fill some of a model's parameters, by their names in it; stacked experts are those numbered `local`."""
     std = standard_deviation(config)
-    local = model.local_experts()
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if parameter.dim() == 1:
             parameter.fill_(1.0)
         elif parameter.dim() == 3:
@@ -39,8 +47,6 @@ def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
                 _draw(parameter[index], f"{prefix}.experts.{expert}.{projection}", std, seed)
         else:
             _draw(parameter, name, std, seed)
-    for buffer in model.buffers():
-        buffer.zero_()
 
 
 def _draw(tensor: Tensor, name: str, std: float, seed: int) -> None:

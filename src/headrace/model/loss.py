@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from headrace.fp8.gemms import wide
 from headrace.fp8.linear import Linear, one_group, put_weight_gradient
 
 _ROWS = 64  # rows turned at a time on the CPU
@@ -33,7 +34,8 @@ def log_probabilities(hidden_ND: Tensor, head: Linear, targets_N: Tensor) -> Ten
     """log p(target) in nats, [N] FP32, without gradients."""
     parts = []
     for hidden, targets in zip(torch.split(hidden_ND, _CHUNK), torch.split(targets_N, _CHUNK), strict=True):
-        logits = head(hidden).float()
+        logits = head(hidden)
+        logits = logits.to(wide(logits.dtype))
         parts.append(logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1))
     return torch.cat(parts)
 
@@ -44,12 +46,12 @@ class _HeadCrossEntropy(torch.autograd.Function):
         computed = head.computed()
         buffer = functional.linear(hidden, computed)
         tokens = buffer.shape[0]
-        losses = buffer.new_empty(tokens, dtype=torch.float32)
+        losses = buffer.new_empty(tokens, dtype=wide(buffer.dtype))
         step = _ROWS if buffer.device.type == "cpu" else _CHUNK
         for start in range(0, tokens, step):
             rows = slice(start, start + step)
             target = targets[rows, None]
-            log_p = functional.log_softmax(buffer[rows], dim=1, dtype=torch.float32)
+            log_p = functional.log_softmax(buffer[rows], dim=1, dtype=losses.dtype)
             losses[rows] = -log_p.gather(1, target)[:, 0]
             gradient = log_p.exp_()
             gradient.scatter_add_(1, target, gradient.new_full((1, 1), -1.0).expand_as(target))

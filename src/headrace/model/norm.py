@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from headrace.fp8.activations import Activation, Again
+from headrace.fp8.gemms import wide
 
 _BLOCK = 1 << 16  # elements worked on at a time: 256 kB in FP32
 
@@ -44,9 +45,9 @@ class RMSNorm(nn.Module):
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) of every row of x [..., D]: [S, 1] FP32."""
     x_SD = x.reshape(-1, x.shape[-1])
-    scale_S1 = torch.empty(x_SD.shape[0], 1, dtype=torch.float32, device=x.device)
+    scale_S1 = torch.empty(x_SD.shape[0], 1, dtype=wide(x.dtype), device=x.device)
     for rows in _blocks(x_SD):
-        block = x_SD[rows].float()
+        block = x_SD[rows].to(scale_S1.dtype)
         scale_S1[rows] = torch.linalg.vecdot(block, block).div_(x_SD.shape[1]).add_(eps).rsqrt_()[:, None]
     return scale_S1
 
@@ -55,7 +56,7 @@ def _scaled(x: Tensor, weight: Tensor, scale_S1: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x_SD, y_SD = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
     for rows in _blocks(x_SD):
-        y_SD[rows] = (x_SD[rows].float() * scale_S1[rows]).mul_(weight)
+        y_SD[rows] = (x_SD[rows].to(scale_S1.dtype) * scale_S1[rows]).mul_(weight)
     return y
 
 
@@ -74,8 +75,8 @@ class _RMSNormFunction(torch.autograd.Function):
         dx, dweight = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device), torch.zeros_like(weight)
         dx_SD = dx.view(x_SD.shape)
         for rows in _blocks(x_SD):
-            normalised = x_SD[rows].float() * scale_S1[rows]
-            gradient = dy_SD[rows].float()
+            normalised = x_SD[rows].to(scale_S1.dtype) * scale_S1[rows]
+            gradient = dy_SD[rows].to(scale_S1.dtype)
             dweight += torch.linalg.vecdot(gradient, normalised, dim=0)
             gradient = gradient * weight
             along = torch.linalg.vecdot(gradient, normalised)[:, None].div_(x_SD.shape[1])

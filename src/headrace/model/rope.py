@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from headrace.config.schema import ModelConfig, RopeScaling
+from headrace.fp8.gemms import wide
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,13 @@ class _Heads(torch.autograd.Function):
         dkv[..., :plain] = dkeys[..., :plain].transpose(1, 2)
         dkv[..., plain:] = dvalues.transpose(1, 2)
         dk_rope = dqueries.new_empty(batch, tokens, ctx.rope)
-        _unrotate(dkeys[..., plain:].sum(1, dtype=torch.float32), dk_rope, cos, sin)
+        _unrotate(dkeys[..., plain:].sum(1, dtype=wide(dkeys.dtype)), dk_rope, cos, sin)
         return dq, dkv, dk_rope, None, None, None
 
 
 def _rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Pairs (even, odd) of x turned by the angle, written to the two halves of `out`."""
-    first, second, half = x[..., 0::2].float(), x[..., 1::2].float(), x.shape[-1] // 2
+    first, second, half = x[..., 0::2].to(wide(x.dtype)), x[..., 1::2].to(wide(x.dtype)), x.shape[-1] // 2
     out[..., :half] = first * cos - second * sin
     out[..., half:] = second * cos + first * sin
 
@@ -141,6 +142,6 @@ def _rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
 def _unrotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
     """The transpose of `_rotate`: halves of x turned back, written to the pairs of `out`."""
     half = x.shape[-1] // 2
-    first, second = x[..., :half].float(), x[..., half:].float()
+    first, second = x[..., :half].to(wide(x.dtype)), x[..., half:].to(wide(x.dtype))
     out[..., 0::2] = first * cos + second * sin
     out[..., 1::2] = second * cos - first * sin

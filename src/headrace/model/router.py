@@ -85,14 +85,14 @@ class _RouterLogits(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, given: Activation) -> Tensor:
         ctx.save_for_backward(weight, *(given.again.tensors if given.again else (x,)))
         ctx.function, ctx.shape, ctx.dtype = given.again.function if given.again else None, x.shape, x.dtype
-        return x.float() @ weight.T
+        return x.to(weight.dtype) @ weight.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor, None]:
         weight, *kept = ctx.saved_tensors
         x = kept[0] if ctx.function is None else ctx.function(*kept).view(ctx.shape)
-        return (dlogits @ weight).to(ctx.dtype), dlogits.T @ x.float(), None
+        return (dlogits @ weight).to(ctx.dtype), dlogits.T @ x.to(weight.dtype), None
 
 
 def balance_loss(scores_BTE: Tensor, chosen: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from headrace.config.schema import ModelConfig
-from headrace.fp8.gemms import Compute
+from headrace.fp8.gemms import Compute, wide
 from headrace.fp8.linear import Linear
 from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
@@ -42,10 +42,10 @@ class Losses:
 class Embedding(nn.Module):
     """Token embedding; the gradient is added into the rows used, in FP32, without a table of zeros per call."""
 
-    def __init__(self, vocabulary: int, width: int, numerics: Numerics, store: WeightGradientStore) -> None:
+    def __init__(self, vocabulary: int, width: int, dtype: torch.dtype, store: WeightGradientStore) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width, dtype=torch.float32))
-        self.dtype, self.store = numerics.dtype, store
+        self.dtype, self.store = dtype, store
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [...] to [..., D] in the compute dtype."""
@@ -64,7 +64,7 @@ class _EmbeddingFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
         (tokens,), layer = ctx.saved_tensors, ctx.layer
-        rows, ids = dy.reshape(-1, dy.shape[-1]).float(), tokens.flatten()
+        rows, ids = dy.reshape(-1, dy.shape[-1]).to(wide(dy.dtype)), tokens.flatten()
 
         def work() -> None:
             gradient, fresh = layer.store.gradient(layer.weight)
@@ -81,7 +81,7 @@ class Backbone(nn.Module):
         self, config: ModelConfig, numerics: Numerics, store: WeightGradientStore, dispatcher: Dispatcher
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, numerics, store)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, numerics.dtype, store)
         layers: list[Layer] = [
             Layer(config, index, numerics, store, dispatcher) for index in range(config.num_hidden_layers)
         ]

@@ -41,7 +41,7 @@ class Kind(StrEnum):
 
 COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
 TRANSFERS = frozenset({Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B})
-_ACTION = re.compile(r"(\d+)([A-Z_]+?)(\d*)")
+_ACTION = re.compile(r"([0-9]{1,9})([A-Z_]+?)([0-9]{0,9})")
 
 
 @dataclass(frozen=True, slots=True)

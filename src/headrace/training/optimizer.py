@@ -12,17 +12,20 @@ tokens down between visits (OLMo 2, arXiv 2501.00656, takes it off for stability
 bounds logits and keeps affinities away from the sigmoid's flat ends. Muon leaves head and router alone: their rows
 are tokens and experts that stand side by side, not a map between two spaces.
 
-State is named `<parameter name>/<moment>` and shaped like the parameter, so that it does not depend on any layout.
+The optimizer works on pieces (`parallel.shards`): whole parameters in a single process, else the runs of elements that
+this rank owns (ZeRO-1). What a parameter gets depends on its name and whole shape, never on the cut. The state of a
+piece is named `<parameter name>/<moment>`: put together it is shaped like the parameter and independent of any layout.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.config.schema import OptimizerConfig, PrecisionConfig
-from headrace.errors import UserError
+from headrace.parallel.assembly import fill
+from headrace.parallel.shards import Piece, pieces_of
 from headrace.training.adamw import AdamW
 from headrace.training.muon import Muon
 
@@ -31,13 +34,16 @@ _MOMENTUM = "momentum"
 
 
 class Optimizer:
-    """Owns the moments of `parameters` (names as in the model's state_dict, FP32, gradients in `.grad`)."""
+    """Owns the moments of `pieces` (names as in the model's state_dict, FP32, gradients in `.grad`)."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, precision: PrecisionConfig) -> None:
+    def __init__(self, pieces: Iterable[Piece], config: OptimizerConfig, precision: PrecisionConfig) -> None:
         moments = _DTYPES[precision.optimizer_moments]
-        orthogonal = {n: p for n, p in parameters.items() if config.name == "muon" and takes_muon(n, p)}
-        rest = {name: parameter for name, parameter in parameters.items() if name not in orthogonal}
-        decayed = {name for name, parameter in rest.items() if takes_decay(name, parameter)}
+        self._pieces = {piece.name: piece for piece in pieces}
+        tensors = {name: piece.tensor for name, piece in self._pieces.items()}
+        shapes = {name: piece.shape for name, piece in self._pieces.items()}
+        orthogonal = {name: t for name, t in tensors.items() if stays_whole(config, name, shapes[name])}
+        rest = {name: tensor for name, tensor in tensors.items() if name not in orthogonal}
+        decayed = {name for name in rest if takes_decay(name, shapes[name])}
         self._adamw = AdamW(rest, decayed, config, moments)
         self._muon = Muon(
             orthogonal,
@@ -52,10 +58,15 @@ class Optimizer:
         self._adamw.step(learning_rate)
         self._muon.step(muon_learning_rate)
 
+    def moments(self) -> list[Piece]:
+        """The moments themselves, not copies, as pieces `<parameter name>/<moment>`."""
+        adamw = [(n, moment, t) for n, state in self._adamw.moments.items() for moment, t in state.items()]
+        muon = [(name, _MOMENTUM, buffer) for name, buffer in self._muon.buffers.items()]
+        return [self._pieces[name].of(f"{name}/{moment}", tensor) for name, moment, tensor in (*adamw, *muon)]
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """The moments themselves, not copies, by `<parameter name>/<moment>`."""
-        adamw = {f"{n}/{moment}": t for n, state in self._adamw.moments.items() for moment, t in state.items()}
-        return adamw | {f"{name}/{_MOMENTUM}": buffer for name, buffer in self._muon.buffers.items()}
+        """The moments by their names, as long as the pieces are."""
+        return {piece.name: piece.tensor for piece in self.moments()}
 
     def state(self) -> dict[str, Any]:
         """What is no tensor, as JSON: the number of updates applied."""
@@ -65,36 +76,29 @@ class Optimizer:
         """Take over what `state` returned."""
         self._adamw.set_updates(int(state["updates"]))
 
-    @torch.no_grad()
     def load_state_tensors(self, read: Callable[[str], Tensor], names: list[str], where: str) -> None:
         """Fill the moments from `read(name)`; names or shapes that differ are a `UserError` that says `where`."""
         copy_exactly(self.state_tensors(), read, names, where)
 
 
-@torch.no_grad()
 def copy_exactly(targets: Mapping[str, Tensor], read: Callable[[str], Tensor], names: list[str], where: str) -> None:
     """Copy every tensor of a file into the one of the same name; what is missing, unknown or misshapen is an error."""
-    for name in sorted(set(names) ^ set(targets)):
-        fault = "has no" if name in targets else "holds an unknown"
-        raise UserError(f"{where}: {fault} tensor {name!r}; it was written by another model or optimizer configuration")
-    for name, target in targets.items():
-        source = read(name)
-        if source.shape != target.shape or source.dtype != target.dtype:
-            raise UserError(
-                f"{where}: tensor {name!r} is {source.dtype} {list(source.shape)}, "
-                f"the configuration needs {target.dtype} {list(target.shape)}"
-            )
-        target.copy_(source)
+    fill(pieces_of(targets.items()), set(targets), read, names, where)
 
 
-def takes_muon(name: str, parameter: Tensor) -> bool:
+def stays_whole(config: OptimizerConfig, name: str, shape: Sequence[int]) -> bool:
+    """Whether the matrices of a parameter of the whole `shape` must not be cut."""
+    return config.name == "muon" and takes_muon(name, shape)
+
+
+def takes_muon(name: str, shape: Sequence[int]) -> bool:
     """Matrices and stacked experts, other than embedding, head and router."""
-    return parameter.ndim >= 2 and not _is_embedding(name) and not name.endswith(("lm_head.weight", "mlp.gate.weight"))
+    return len(shape) >= 2 and not _is_embedding(name) and not name.endswith(("lm_head.weight", "mlp.gate.weight"))
 
 
-def takes_decay(name: str, parameter: Tensor) -> bool:
+def takes_decay(name: str, shape: Sequence[int]) -> bool:
     """Every matrix except the embedding."""
-    return parameter.ndim >= 2 and not _is_embedding(name)
+    return len(shape) >= 2 and not _is_embedding(name)
 
 
 def _is_embedding(name: str) -> bool:

@@ -37,6 +37,7 @@ from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
 from headrace.model.initialisation import initialise
 from headrace.model.transformer import Transformer
+from headrace.parallel.shards import pieces_of
 from headrace.recipe.schedule import Schedule, Step
 from headrace.training.accumulate import Losses, accumulate, measure
 from headrace.training.gemm_peak import gemm_peak
@@ -148,7 +149,7 @@ class Trainer:
     def __init__(self, config: Config, model: Model, rows: Rows, place: Place, watchers: Watchers) -> None:
         self._config, self._model, self._rows, self._place, self._watch = config, model, rows, place, watchers
         self._parameters = dict(model.named_parameters())
-        self._optimizer = Optimizer(self._parameters, config.recipe.optimizer, config.precision)
+        self._optimizer = Optimizer(pieces_of(self._parameters.items()), config.recipe.optimizer, config.precision)
         self._schedule = Schedule(config.recipe)
         self._microbatch = config.parallel.microbatch or config.recipe.batch_sequences
         self._counters, self._history = Counters(), History()

@@ -1,0 +1,257 @@
+"""A model in training on this rank, whatever the layout: one process, or a pipeline with expert and data parallelism.
+
+The engine cuts the model into the stages of a schedule, builds those of this rank, and offers a whole training step to
+the trainer: losses of the global batch, gradients summed over all copies. Ranks that are not the first or last of their
+pipeline do the same calls and get the same numbers.
+
+Data: each data rank gets its own rows of the global batch; the engine splits them into microbatches. Every rank of a
+pipeline reads the same rows itself, since the first stage needs the tokens and the last their targets.
+Shapes: R rows, L tokens of a row, E experts, M layers with experts (the MTP layer last).
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+
+import torch
+from torch import Tensor, distributed
+
+from headrace.config.schema import Config
+from headrace.fp8.numerics import Numerics
+from headrace.model.initialisation import initialise_parameters
+from headrace.parallel.channel import Channel, InlineChannel, StreamChannel, ThreadChannel
+from headrace.parallel.dispatch import make_dispatcher
+from headrace.parallel.mesh import Groups, Mesh
+from headrace.parallel.reduction import GradientReduction, Held
+from headrace.parallel.shards import Piece, Whole
+from headrace.pipeline.communication import with_communication
+from headrace.pipeline.execute import Executor, Plan, Watch
+from headrace.pipeline.generators import forward_only, generate, pick
+from headrace.pipeline.overlap import Surroundings, Weights
+from headrace.pipeline.schedule import Schedule
+from headrace.pipeline.stages import Microbatch, Results, build_stages, split_layers
+from headrace.pipeline.trace import Trace
+from headrace.pipeline.transfer import Transfers, open_transfers
+from headrace.pipeline.validate import validate
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over the whole global batch, the same on every rank, still on the device."""
+
+    main: Tensor  # nats per token
+    mtp: Tensor  # 0 without an MTP layer
+    balance: Tensor  # its weight included, summed over layers
+    counts: Tensor  # int64 [M, E]: tokens that chose each expert
+
+
+class Unwatched:
+    """Nobody supervises this process."""
+
+    def doing(self, label: str) -> None:
+        """Nothing."""
+
+    def waiting(self, label: str) -> None:
+        """Nothing."""
+
+
+def schedule_of(config: Config) -> tuple[str, str]:
+    """The schedule of `parallel.schedule`, and why: its name, and one sentence."""
+    ranks, microbatches = config.parallel.pipeline, microbatches_of(config)
+    if config.parallel.schedule == "auto":
+        return pick(ranks, microbatches)
+    return config.parallel.schedule, "as configured"
+
+
+def microbatches_of(config: Config) -> int:
+    """N: microbatches of a step on each data rank."""
+    rows = config.recipe.batch_sequences // config.parallel.data
+    return rows // (config.parallel.microbatch or rows)
+
+
+class Engine:
+    """The stages of this rank, ready to train. Made by all ranks of the world at the same time.
+
+    `whole` says which parameters the optimizer needs in one piece.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        numerics: Numerics,
+        mesh: Mesh,
+        device: torch.device,
+        whole: Whole,
+        watch: Watch | None = None,
+        trace: bool = False,
+    ) -> None:
+        self.mesh, self.device, self.config = mesh, device, config.model
+        self._parallel, self._microbatch = config.parallel, config.parallel.microbatch
+        self._name, _ = schedule_of(config)
+        self.trace = Trace(mesh.pipeline_rank, device) if trace else None
+        self.groups = Groups(mesh, timedelta(minutes=10))
+        self._dtype = numerics.dtype
+        dispatcher = make_dispatcher(mesh, self.groups, numerics.linear, config.parallel)
+        schedule = self.schedule(microbatches_of(config))
+        split = split_layers(self.config.num_hidden_layers, schedule.stages, config.parallel.layers)
+        held = schedule.stages_of(mesh.pipeline_rank)
+        self.model, self.stages = build_stages(self.config, numerics, dispatcher, split, held, device)
+        self._last = schedule.stages - 1
+        self._initialise(config.seed.init)
+        open_transfers(self.groups, mesh, [schedule])
+        self.store = self.model.store
+        self.reduction = GradientReduction(self._held(schedule), mesh, self.groups, self.store, whole, device)
+        record = self.trace.collective if self.trace else None
+        self._channel: Channel = InlineChannel(record)
+        if mesh.expert > 1:
+            self._channel = StreamChannel(device, record) if device.type == "cuda" else ThreadChannel(record)
+        self._around = Surroundings(self._channel, self.store, self.trace)
+        self._watch = watch or Unwatched()
+        self._executors: dict[torch.Size, Executor] = {}
+        self._first_moe = self.config.first_k_dense_replace
+        self._moe_layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers - self._first_moe
+        self._copies = {index: self.mesh.copies(schedule.holders(index), experts=False) for index in held}
+
+    def schedule(self, microbatches: int) -> Schedule:
+        """The step's schedule for so many microbatches, validated."""
+        return _schedule(self._name, self.mesh.pipeline, microbatches)
+
+    def step(self, rows_RL: Tensor, mtp_weight: float, balance_weight: float, label: str) -> Losses:
+        """Losses of the global batch; its gradient, summed over all copies, in `reduction.pieces`.
+
+        `rows_RL` are this data rank's rows; `label` names the step in messages.
+        """
+        size = self._microbatch or len(rows_RL)
+        parts = torch.split(rows_RL, size)
+        weights = Weights(1 / (len(parts) * self.mesh.data), mtp_weight, balance_weight, train=True)
+        plan = Plan(self.schedule(len(parts)), lambda m: Microbatch(parts[m], weights), True, self._reduce, label)
+        with self.store.accumulating():
+            results = self._run(plan, size, rows_RL.shape[1] - 1 - self.config.num_nextn_predict_layers)
+            self._watch.waiting(f"the gradients of {label}")
+            self.reduction.finish()
+        return self._losses(results)
+
+    @torch.no_grad()
+    def measure(self, rows_RL: Tensor, label: str) -> Losses:
+        """Mean losses over `rows_RL`, which all ranks have, without gradients; balance is 0."""
+        results, _ = self._measured(rows_RL, False, label)
+        return self._losses(results)
+
+    @torch.no_grad()
+    def token_log_probabilities(self, rows_RL: Tensor, label: str) -> Tensor:
+        """log p(token | tokens before it) in nats for rows of T + 1 tokens, the same on all ranks: [R, T]."""
+        results, numbers = self._measured(rows_RL, True, label)
+        scores = torch.zeros(rows_RL.shape[0], rows_RL.shape[1] - 1, dtype=torch.float32, device=self.device)
+        size = len(rows_RL) // max(1, len(numbers)) if numbers else 0
+        for microbatch, values in results.log_probabilities.items():
+            part = numbers[microbatch]
+            if part is not None:
+                scores[part * size : (part + 1) * size] = values
+        return self._summed(scores)
+
+    def update_router_bias(self, counts: Tensor, speed: float) -> None:
+        """Move the selection biases of this rank's layers by `speed` towards an even load, given `Losses.counts`."""
+        for stage in self.stages.values():
+            for number, router in stage.routers().items():
+                router.update_bias(counts[number - self._first_moe], speed)
+
+    def owned(self) -> list[Piece]:
+        """Every element of the model's state that this rank answers for: each belongs to one rank of the world."""
+        buffers = (
+            (name, buffer)
+            for index, stage in self.stages.items()
+            if self._copies[index][0] == self.mesh.rank
+            for name, buffer in stage.named_buffers()
+        )
+        return [*self.reduction.pieces, *(Piece(name, buffer, tuple(buffer.shape)) for name, buffer in buffers)]
+
+    def everything(self) -> list[Piece]:
+        """All of the model's state that this rank holds, to be loaded into."""
+        buffers = (pair for stage in self.stages.values() for pair in stage.named_buffers())
+        return [*self.reduction.everything, *(Piece(name, buffer, tuple(buffer.shape)) for name, buffer in buffers)]
+
+    def close(self) -> None:
+        """End the channel's thread."""
+        self._channel.close()
+
+    def _initialise(self, seed: int) -> None:
+        for stage in self.stages.values():
+            initialise_parameters(stage.named_parameters(), self.model.local_experts(), self.config, seed)
+            for _, buffer in stage.named_buffers():
+                buffer.zero_()
+
+    def _held(self, schedule: Schedule) -> list[Held]:
+        ends = set(schedule.holders(0)) | set(schedule.holders(self._last))
+        held = []
+        for index, stage in self.stages.items():
+            tied = stage.mtp_embed or (stage.embed if self.config.num_nextn_predict_layers else None)
+            for name, parameter in stage.named_parameters():
+                experts = ".mlp.experts." in name
+                both = tied is not None and parameter is tied.weight
+                ranks = ends if both else schedule.holders(index)
+                held.append(Held(name, parameter, index, self.mesh.copies(ranks, experts), experts))
+        return held
+
+    def _reduce(self, stage: int) -> None:
+        if any(True for _ in self.stages[stage].named_parameters()):  # a stage may have no layers
+            self.reduction.start(stage)
+
+    def _run(self, plan: Plan, size: int, length: int) -> Results:
+        return self._executor(torch.Size((size, length, self.config.hidden_size))).run(plan)
+
+    def _executor(self, shape: torch.Size) -> Executor:
+        if shape not in self._executors:
+            transfers = Transfers(self.groups, self.mesh, shape, self._dtype, self.device)
+            self._executors[shape] = Executor(
+                self.mesh.pipeline_rank, self.stages, self._around, transfers, self._watch
+            )
+        return self._executors[shape]
+
+    def _measured(self, rows_RL: Tensor, score: bool, label: str) -> tuple[Results, list[int | None]]:
+        """A forward of all rows, shared out among the data ranks; the part of the rows that each microbatch is.
+
+        Expert groups need the same number of microbatches on all their ranks: what is missing repeats the first part,
+        and counts for nothing (None).
+        """
+        rows = len(rows_RL)
+        size = next(s for s in range(min(self._microbatch or rows, rows), 0, -1) if rows % s == 0)
+        parts = torch.split(rows_RL, size)
+        each = -(-len(parts) // self.mesh.data)
+        mine = [self.mesh.data_rank * each + index for index in range(each)]
+        numbers = [number if number < len(parts) else None for number in mine]
+        on, off = (Weights(share, 0.0, 0.0, train=False) for share in (size / rows, 0.0))
+
+        def feed(microbatch: int) -> Microbatch:
+            number = numbers[microbatch]
+            return Microbatch(parts[number or 0], off if number is None else on, score)
+
+        given = Microbatch(rows_RL, on, score)
+        plan = Plan(_forward_only(self._name, self.mesh.pipeline, each), feed, False, None, label)
+        return self._run(plan, size, given.length(self.config)), numbers
+
+    def _losses(self, results: Results) -> Losses:
+        counts = torch.zeros(self._moe_layers, self.config.n_routed_experts, dtype=torch.int64, device=self.device)
+        for number, counts_E in results.counts.items():
+            counts[number - self._first_moe] += counts_E
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.stack([results.losses.get(name, zero).double() for name in ("main", "mtp", "balance")])
+        main, mtp, balance = self._summed(sums).unbind()
+        return Losses(main, mtp, balance, self._summed(counts))
+
+    def _summed(self, values: Tensor) -> Tensor:
+        if self.mesh.world > 1:
+            distributed.all_reduce(values)
+        return values
+
+
+@cache
+def _schedule(name: str, ranks: int, microbatches: int) -> Schedule:
+    schedule = with_communication(generate(name, ranks, microbatches))
+    validate(schedule)
+    return schedule
+
+
+@cache
+def _forward_only(name: str, ranks: int, microbatches: int) -> Schedule:
+    # Where stages lie does not depend on the number of microbatches, as long as the schedule exists.
+    return with_communication(forward_only(generate(name, ranks, 2 * ranks * 2), microbatches))
