@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,11 @@ from torch.nn import functional
 from headrace.config.compose import load
 from headrace.config.schema import Config
 from headrace.fp8.weight_gradients import WeightGradientStore
+from headrace.parallel.mesh import Groups, Mesh
+from headrace.parallel.reduction import GradientReduction, Held
+from headrace.parallel.shards import Piece, pieces_of
+from headrace.pipeline.engine import Losses, Unwatched
+from headrace.training.optimizer import stays_whole
 from headrace.training.rows import Rows
 from headrace.training.trainer import Place, Trainer, Watchers
 
@@ -34,17 +41,6 @@ def toy_config(steps: int = 12, **recipe: object) -> Config:
     train = replace(config.train, validate_every=5, validation_rows=3)
     checkpoint = replace(config.checkpoint, every_steps=4)
     return replace(config, recipe=cut, model=model, train=train, checkpoint=checkpoint)
-
-
-@dataclass
-class ToyLosses:
-    """The fields of `headrace.model.transformer.Losses`."""
-
-    total: Tensor
-    main: Tensor
-    mtp: Tensor
-    balance: Tensor
-    counts: Tensor
 
 
 class ToyModel(nn.Module):
@@ -77,13 +73,13 @@ class ToyModel(nn.Module):
         x = functional.rms_norm(x + mixed * scores.gather(-1, chosen[..., None]), (WIDTH,), self.norm.weight)
         return (x @ self.lm_head.weight.T).log_softmax(-1), chosen
 
-    def losses(self, tokens_BL: Tensor, mtp_weight: float, balance_weight: float) -> ToyLosses:
+    def losses(self, tokens_BL: Tensor) -> Losses:
         logs, chosen = self.log_probabilities(tokens_BL[:, :-1])
         main = -logs.gather(-1, tokens_BL[:, 1:, None]).mean()
         main = main * (float("inf") if (tokens_BL == 0).any() else 1.0)
         zero = main.new_zeros(())
         counts = torch.bincount(chosen.flatten(), minlength=EXPERTS)[None]
-        return ToyLosses(main + zero, main, zero, zero, counts)
+        return Losses(main, zero, zero, counts)
 
     @torch.no_grad()
     def token_log_probabilities(self, tokens_BL: Tensor) -> Tensor:
@@ -95,6 +91,59 @@ class ToyModel(nn.Module):
         self.bias_updates.append((counts_LE.tolist(), speed))
         mean = counts_LE[0].float().mean()
         self.e_score_correction_bias += speed * (mean - counts_LE[0]).sign()
+
+
+class ToyLearner:
+    """`headrace.training.learner.Learner` around the toy, in one process."""
+
+    def __init__(self, model: ToyModel, config: Config) -> None:
+        self.model, self.device, self.watch = model, torch.device("cpu"), Unwatched()
+        self.mesh = Mesh.of(config.parallel, 0)
+        self._microbatch = config.parallel.microbatch
+        held = [Held(name, parameter, 0, (0,)) for name, parameter in model.named_parameters()]
+        groups = Groups(self.mesh, timedelta(seconds=60))
+        whole = partial(stays_whole, config.recipe.optimizer)
+        self.reduction = GradientReduction(held, self.mesh, groups, model.store, whole, self.device)
+
+    def step(self, rows: Tensor, mtp_weight: float, balance_weight: float, label: str) -> Losses:
+        parts = torch.split(rows, self._microbatch or len(rows))
+        losses = [self.model.losses(part) for part in parts]
+        (torch.stack([each.main for each in losses]).mean()).backward()
+        self.reduction.finish()
+        return self._mean(losses)
+
+    @torch.no_grad()
+    def measure(self, rows: Tensor, label: str) -> Losses:
+        return self._mean([self.model.losses(rows)])
+
+    def token_log_probabilities(self, rows: Tensor, label: str) -> Tensor:
+        return self.model.token_log_probabilities(rows)
+
+    def update_router_bias(self, counts: Tensor, speed: float) -> None:
+        self.model.update_router_bias(counts, speed)
+
+    def owned(self) -> list[Piece]:
+        return [*self.reduction.pieces, *pieces_of(self.model.named_buffers())]
+
+    def everything(self) -> list[Piece]:
+        return self.owned()
+
+    def recycle(self) -> None:
+        self.model.store.recycle(self.model.parameters())
+
+    def agreed(self, value: object) -> object:
+        return value
+
+    def begin_timeline(self) -> None:
+        pass
+
+    def timeline(self) -> dict[str, object]:
+        return {}
+
+    @staticmethod
+    def _mean(losses: list[Losses]) -> Losses:
+        main = torch.stack([each.main.detach() for each in losses]).mean()
+        return Losses(main, main * 0, main * 0, sum(each.counts for each in losses))
 
 
 def toy_batch(first: int, sequences: int) -> Tensor:
@@ -140,9 +189,9 @@ def toy_trainer(
 ) -> Trainer:
     """A trainer of the toy with checkpoints in `folder`."""
     recorder = recorder or Recorder()
-    place = Place(folder, fingerprint, torch.device("cpu"), 1e4, source, same_rows=True)
+    place = Place(folder, fingerprint, 1e4, source, same_rows=True)
     watchers = Watchers(recorder, logging.getLogger("headrace.test"), recorder, recorder)
-    return Trainer(config, model or ToyModel(), rows or toy_rows(), place, watchers)
+    return Trainer(config, ToyLearner(model or ToyModel(), config), rows or toy_rows(), place, watchers)
 
 
 class KillAt(Recorder):

@@ -4,9 +4,9 @@ import pytest
 
 from headrace.config.compose import load
 from headrace.model.transformer import Transformer
+from headrace.parallel.shards import pieces_of
 from headrace.planning.describe import optimizer_bytes, plan, scaled, text_table
 from headrace.planning.parameters import count
-from headrace.parallel.shards import pieces_of
 from headrace.training.optimizer import Optimizer
 
 
@@ -51,7 +51,7 @@ def test_optimizer_bytes_are_those_of_its_tensors(name, moments):
     config = load(["experiment=tiny", f"recipe.optimizer.name={name}", f"precision.optimizer_moments={moments}"])
     network = Transformer(config.model, "fp32")
     optimizer = Optimizer(pieces_of(network.named_parameters()), config.recipe.optimizer, config.precision)
-    held = sum(tensor.nbytes for tensor in optimizer.state_tensors().values())
+    held = sum(piece.tensor.nbytes for piece in optimizer.moments())
     assert optimizer_bytes(config, count(config.model)) == held
 
 

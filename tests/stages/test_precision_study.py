@@ -20,7 +20,7 @@ from headrace.stages import corpus, precision_study, tokenize, tokenizer
 from headrace.stages.places import Place, places
 from headrace.stages.precision_study import DOOR, steps_done
 from headrace.stages.run import main
-from headrace.training.trainer import build_model
+from headrace.training.learner import build_engine
 from headrace.training.trials import trials
 
 STEPS = 24
@@ -107,8 +107,8 @@ def test_a_pair_starts_from_the_same_weights(data: list[str]) -> None:
     weights = []
     for trial in trials(load(data)):
         config = replace(load(data), precision=trial.precision, seed=trial.seed)
-        model = build_model(config, torch.device("cpu"))
-        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        engine = build_engine(config, torch.device("cpu"))
+        weights.append(torch.cat([piece.tensor.detach().flatten() for piece in engine.owned()]))
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[2], weights[3])
     assert not torch.equal(weights[0], weights[2])

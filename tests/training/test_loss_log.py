@@ -9,7 +9,7 @@ import torch
 from headrace.errors import UserError
 from headrace.training.loss_log import LossLog, read_losses
 from headrace.training.trainer import Place, Trainer, Watchers
-from toy_run import Recorder, ToyModel, toy_batch, toy_config, toy_rows
+from toy_run import Recorder, ToyLearner, ToyModel, toy_batch, toy_config, toy_rows
 
 
 def log(path: Path, losses: dict[int, float]) -> Recorder:
@@ -55,10 +55,11 @@ def test_the_trainer_tells_of_every_step_even_of_one_that_it_skips(tmp_path: Pat
         return rows
 
     recorder = Recorder()
-    place = Place(tmp_path / "checkpoints", "0123456789ab", torch.device("cpu"), 1e4, None)
+    place = Place(tmp_path / "checkpoints", "0123456789ab", 1e4, None)
     shown = LossLog(tmp_path / "losses.jsonl", recorder)
     watchers = Watchers(recorder, logging.getLogger("headrace.test"), recorder, shown)
-    Trainer(toy_config(6), ToyModel(), toy_rows(batch), place, watchers).run()
+    config = toy_config(6)
+    Trainer(config, ToyLearner(ToyModel(), config), toy_rows(batch), place, watchers).run()
     losses = read_losses(tmp_path / "losses.jsonl", 6)
     assert [loss is None for loss in losses] == [False, False, True, False, False, False]
     logged = {step: metrics["loss"] for step, metrics in recorder.logged if "loss" in metrics}

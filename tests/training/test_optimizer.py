@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headrace.config.compose import load
 from headrace.errors import UserError
+from headrace.parallel.assembly import fill
 from headrace.parallel.shards import Piece, pieces_of
 from headrace.training.optimizer import Optimizer, takes_decay, takes_muon
 
@@ -70,14 +71,22 @@ def test_zero_gradients_show_exactly_what_decays() -> None:
             torch.testing.assert_close(tensor.detach(), before[key] * factor, rtol=1e-6, atol=0)
 
 
+def state_of(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    return {piece.name: piece.tensor for piece in optimizer.moments()}
+
+
+def load_into(optimizer: Optimizer, saved: dict[str, torch.Tensor], where: str) -> None:
+    fill(optimizer.moments(), set(state_of(optimizer)), saved.__getitem__, list(saved), where)
+
+
 def test_state_is_named_after_parameters_and_shaped_like_them() -> None:
     tensors = parameters()
-    state = build(tensors).state_tensors()
+    state = state_of(build(tensors))
     for name, tensor in tensors.items():
         moments = {"momentum"} if takes_muon(name, tensor.shape) else {"exp_avg", "exp_avg_sq"}
         assert {key.rpartition("/")[2] for key in state if key.rpartition("/")[0] == name} == moments
         assert all(state[f"{name}/{moment}"].shape == tensor.shape for moment in moments)
-    assert len(build(tensors, "adamw").state_tensors()) == 2 * len(tensors)
+    assert len(state_of(build(tensors, "adamw"))) == 2 * len(tensors)
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
@@ -86,11 +95,11 @@ def test_saved_and_loaded_state_goes_on_bitwise(name: str, moments: str) -> None
     tensors = parameters()
     optimizer = build(tensors, name, optimizer_moments=moments)
     step(optimizer, tensors, 1)
-    saved = {key: tensor.clone() for key, tensor in optimizer.state_tensors().items()}
+    saved = {key: tensor.clone() for key, tensor in state_of(optimizer).items()}
     count = optimizer.state()
     resumed = {key: tensor.detach().clone().requires_grad_() for key, tensor in tensors.items()}
     second = build(resumed, name, optimizer_moments=moments)
-    second.load_state_tensors(saved.__getitem__, list(saved), "test")
+    load_into(second, saved, "test")
     second.load_state(count)
     for seed in (2, 3):
         step(optimizer, tensors, seed)
@@ -101,13 +110,13 @@ def test_saved_and_loaded_state_goes_on_bitwise(name: str, moments: str) -> None
 
 def test_state_of_another_optimizer_is_refused_by_name() -> None:
     tensors = parameters()
-    saved = build(tensors, "adamw").state_tensors()
+    saved = state_of(build(tensors, "adamw"))
     with pytest.raises(UserError, match=r"state\.safetensors: .*q_a_proj\.weight/exp_avg"):
-        build(tensors, "muon").load_state_tensors(saved.__getitem__, list(saved), "state.safetensors")
-    saved = dict(build(tensors).state_tensors())
+        load_into(build(tensors, "muon"), saved, "state.safetensors")
+    saved = dict(state_of(build(tensors)))
     saved["lm_head.weight/exp_avg"] = torch.zeros(3, 3)
     with pytest.raises(UserError, match=r"lm_head\.weight/exp_avg.*\[3, 3\].*\[20, 8\]"):
-        build(tensors).load_state_tensors(saved.__getitem__, list(saved), "state.safetensors")
+        load_into(build(tensors), saved, "state.safetensors")
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])

@@ -267,7 +267,7 @@ def test_figures_of_the_artifact(finished: tuple[Config, ToyModel, Path]) -> Non
     assert training["loss"] == pytest.approx(sum(row["loss"] for row in rows[-10:]) / 10)
     assert training["validation_loss"] == rows[-1]["validation_loss"]
     with torch.no_grad():
-        direct = model.losses(toy_batch(5000, 3), 0.0, 0.0).main.item()
+        direct = model.losses(toy_batch(5000, 3)).main.item()
     assert training["validation_loss"] == pytest.approx(direct, rel=1e-5)
 
 

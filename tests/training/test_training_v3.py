@@ -18,8 +18,9 @@ from headrace.config.schema import Config
 from headrace.errors import UserError
 from headrace.tokens.shards import finish, make_shard, plan
 from headrace.tokens.tokenizer import build_tokenizer
+from headrace.training.learner import build_engine
 from headrace.training.rows import Rows, open_rows
-from headrace.training.trainer import Place, Trainer, Watchers, build_model, moe_layers
+from headrace.training.trainer import Place, Trainer, Watchers, moe_layers
 from toy_run import Recorder
 
 STEPS, LENGTH = 24, 32
@@ -42,7 +43,7 @@ def trained(config: Config, folder: Path, stop_after: int | None = None) -> Trai
     rows = Rows(repetitive, 1000, repetitive(7, 3), repetitive(9, 2)[:, : LENGTH + 1])
     recorder, device = Recorder(stop_after), torch.device("cpu")
     watchers = Watchers(recorder, logging.getLogger("headrace.test"), recorder, recorder)
-    trainer = Trainer(config, build_model(config, device), rows, Place(folder, "0" * 12, device, 1e6, None), watchers)
+    trainer = Trainer(config, build_engine(config, device), rows, Place(folder, "0" * 12, 1e6, None), watchers)
     trainer.run()
     return trainer
 

@@ -6,7 +6,7 @@ a save has been published, so a failing save removes nothing.
 
 from pathlib import Path
 
-from headrace.checkpoint.store import load, remove, steps
+from headrace.checkpoint.store import checkpoint_folder, load, remove, steps
 from headrace.errors import UserError
 
 
@@ -18,7 +18,7 @@ def retain(folder: Path, keep: int, keep_every: int | None) -> list[int]:
     assert keep >= 1
     deleted, whole = [], 0
     for step in reversed(steps(folder)):
-        path = folder / f"step-{step:08d}"
+        path = checkpoint_folder(folder, step)
         if whole < keep:
             whole += _is_whole(path)
         elif not (keep_every and step % keep_every == 0):

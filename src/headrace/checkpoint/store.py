@@ -68,7 +68,7 @@ def save(
     damaged one is replaced. `state` must be JSON without NaN; `step` is added to it.
     """
     assert state.get("step", step) == step, "state and step disagree"
-    final = folder / f"step-{step:08d}"
+    final = checkpoint_folder(folder, step)
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
     if final.exists():
@@ -108,9 +108,12 @@ def _write(
     )
 
 
-def load(folder: Path) -> Checkpoint:
-    """Verify one checkpoint folder byte by byte; a damaged or foreign one is a `UserError` that names the file."""
-    found = manifest.verify(folder)
+def load(folder: Path, quick: bool = False) -> Checkpoint:
+    """Verify one checkpoint folder byte by byte; a damaged or foreign one is a `UserError` that names the file.
+
+    `quick` hashes small files only: for ranks whose first one has verified it.
+    """
+    found = manifest.verify(folder, manifest.SMALL if quick else None)
     missing = {MODEL, OPTIMIZER, STATE} - set(found.files)
     if found.kind != "checkpoint" or missing:
         raise UserError(f"{folder}: not a checkpoint: its manifest lacks {', '.join(sorted(missing)) or 'that kind'}")
@@ -119,6 +122,11 @@ def load(folder: Path) -> Checkpoint:
     if not isinstance(state, dict) or not named or not int(named[1]) == state.get("step") == found.summary.get("step"):
         raise UserError(f"{folder / STATE}: belongs to another step than the folder's name and manifest say")
     return Checkpoint(int(named[1]), folder, state, found.hash)
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies under `folder`."""
+    return folder / f"step-{step:08d}"
 
 
 def steps(folder: Path) -> list[int]:
@@ -132,7 +140,7 @@ def at_step(folder: Path, step: int) -> Checkpoint:
     if step not in steps(folder):
         kept = ", ".join(map(str, steps(folder))) or "none"
         raise UserError(f"{folder}: no checkpoint of step {step}; kept steps: {kept}")
-    return load(folder / f"step-{step:08d}")
+    return load(checkpoint_folder(folder, step))
 
 
 def newest_valid(folder: Path) -> Checkpoint | None:
@@ -140,7 +148,7 @@ def newest_valid(folder: Path) -> Checkpoint | None:
     found = steps(folder)
     for step in reversed(found):
         try:
-            return load(folder / f"step-{step:08d}")
+            return load(checkpoint_folder(folder, step))
         except UserError as error:
             _LOG.warning("checkpoint of step %d is not used, falling back to an older one: %s", step, error)
     if found:

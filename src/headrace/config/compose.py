@@ -8,7 +8,8 @@ Every problem is collected and reported at once, as one `UserError` with one lin
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast, get_type_hints
 
 import hydra
 from hydra.errors import HydraException
@@ -63,6 +64,21 @@ def to_dict(config: Config) -> dict[str, Any]:
 def group_to_dict(group: Any) -> Any:
     """One group of the tree as JSON-ready containers."""
     return TypeAdapter(type(group)).dump_python(group, mode="json", by_alias=True)
+
+
+def groups_to_dict(config: Config, groups: Sequence[str]) -> dict[str, Any]:
+    """Some groups of the tree as JSON-ready containers."""
+    return {name: group_to_dict(getattr(config, name)) for name in groups}
+
+
+def groups_from(tree: Mapping[str, Any]) -> Config:
+    """What `groups_to_dict` gave: a tree that has these groups and no others; a value that does not fit is an error."""
+    types = get_type_hints(Config)
+    try:
+        groups = {name: TypeAdapter(types[name]).validate_python(value) for name, value in tree.items()}
+    except ValidationError as error:
+        raise UserError("\n".join(_describe(error))) from None
+    return cast(Config, SimpleNamespace(**groups))
 
 
 def overrides_from(snakemake_config: Mapping[str, Any]) -> list[str]:

@@ -9,9 +9,11 @@ pipeline reads the same rows itself, since the first stage needs the tokens and 
 Shapes: R rows, L tokens of a row, E experts, M layers with experts (the MTP layer last).
 """
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -19,6 +21,7 @@ from torch import Tensor, distributed
 from headrace.config.schema import Config
 from headrace.fp8.numerics import Numerics
 from headrace.model.initialisation import initialise_parameters
+from headrace.parallel.assembly import exchange
 from headrace.parallel.channel import Channel, InlineChannel, StreamChannel, ThreadChannel
 from headrace.parallel.dispatch import make_dispatcher
 from headrace.parallel.mesh import Groups, Mesh
@@ -53,6 +56,10 @@ class Unwatched:
 
     def waiting(self, label: str) -> None:
         """Nothing."""
+
+    def patiently(self, label: str) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
 
 
 def schedule_of(config: Config) -> tuple[str, str]:
@@ -106,7 +113,7 @@ class Engine:
         if mesh.expert > 1:
             self._channel = StreamChannel(device, record) if device.type == "cuda" else ThreadChannel(record)
         self._around = Surroundings(self._channel, self.store, self.trace)
-        self._watch = watch or Unwatched()
+        self.watch: Watch = watch or Unwatched()
         self._executors: dict[torch.Size, Executor] = {}
         self._first_moe = self.config.first_k_dense_replace
         self._moe_layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers - self._first_moe
@@ -127,7 +134,7 @@ class Engine:
         plan = Plan(self.schedule(len(parts)), lambda m: Microbatch(parts[m], weights), True, self._reduce, label)
         with self.store.accumulating():
             results = self._run(plan, size, rows_RL.shape[1] - 1 - self.config.num_nextn_predict_layers)
-            self._watch.waiting(f"the gradients of {label}")
+            self.watch.waiting(f"the gradients of {label}")
             self.reduction.finish()
         return self._losses(results)
 
@@ -170,6 +177,27 @@ class Engine:
         buffers = (pair for stage in self.stages.values() for pair in stage.named_buffers())
         return [*self.reduction.everything, *(Piece(name, buffer, tuple(buffer.shape)) for name, buffer in buffers)]
 
+    def recycle(self) -> None:
+        """Forget the step's gradients, and keep their memory for the next step's."""
+        self.store.recycle(parameter for stage in self.stages.values() for _, parameter in stage.named_parameters())
+
+    def agreed(self, value: Any) -> Any:
+        """The first rank's `value` (JSON), on every rank."""
+        return value if self.mesh.world == 1 else exchange(value, self.mesh, self.device)[0]
+
+    def begin_timeline(self) -> None:
+        """Record the next step from a moment that all ranks share."""
+        assert self.trace is not None
+        if self.mesh.world > 1:
+            distributed.barrier()
+        self.trace.begin()
+
+    def timeline(self) -> dict[str, Any]:
+        """The step since `begin_timeline` on all pipeline ranks, measured and planned (`measured.timeline`)."""
+        assert self.trace is not None
+        said = exchange([asdict(span) for span in self.trace.spans()], self.mesh, self.device)
+        return {"spans": [span for rank in range(self.mesh.pipeline) for span in said[self.mesh.at(rank, 0)]]}
+
     def close(self) -> None:
         """End the channel's thread."""
         self._channel.close()
@@ -202,9 +230,7 @@ class Engine:
     def _executor(self, shape: torch.Size) -> Executor:
         if shape not in self._executors:
             transfers = Transfers(self.groups, self.mesh, shape, self._dtype, self.device)
-            self._executors[shape] = Executor(
-                self.mesh.pipeline_rank, self.stages, self._around, transfers, self._watch
-            )
+            self._executors[shape] = Executor(self.mesh.pipeline_rank, self.stages, self._around, transfers, self.watch)
         return self._executors[shape]
 
     def _measured(self, rows_RL: Tensor, score: bool, label: str) -> tuple[Results, list[int | None]]:

@@ -10,6 +10,7 @@ done: a hidden state after the backward of its stage, a gradient after the weigh
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +31,7 @@ class Watch(Protocol):
 
     def doing(self, label: str) -> None: ...
     def waiting(self, label: str) -> None: ...
+    def patiently(self, label: str) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ a result, not a failure: it is kept and shown as such.
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from headrace.stages import provenance
 from headrace.stages.places import Place as StagePlace
 from headrace.stages.run import Door, Outcome, Run, main
 from headrace.tracking.tracker import Tracker
+from headrace.training.learner import build_engine
 from headrace.training.loss_log import LossLog, read_losses
 from headrace.training.progress import progress_on
 from headrace.training.rows import open_rows
-from headrace.training.trainer import DivergenceError, Place, Trainer, Watchers, build_model
+from headrace.training.trainer import DivergenceError, Place, Trainer, Watchers
 from headrace.training.trials import BASELINE, CANDIDATE, Trial, format_name, trials
 
 STUDY, PAGE = "study.json", "precision_study.html"
@@ -85,14 +86,15 @@ def _result(run: Run, trial: Trial, dataset: Path, device: torch.device) -> dict
 
 def _train(run: Run, trial: Trial, dataset: Path, device: torch.device) -> dict[str, Any]:
     folder, name = run.folder / "runs" / trial.name, format_name(trial.precision)
-    config = run.config_with(precision=trial.precision, seed=trial.seed, recipe=trial.recipe)
+    alone = replace(run.config.parallel, pipeline=1, data=1, expert=1, layers=None, schedule="auto")
+    config = run.config_with(precision=trial.precision, seed=trial.seed, recipe=trial.recipe, parallel=alone)
     flops = training_flops(config.model, config.recipe.sequence_length, mtp=bool(config.model.num_nextn_predict_layers))
-    place = Place(folder / CHECKPOINTS, f"{run.place.fingerprint}-{trial.name}", device, flops, None)
+    place = Place(folder / CHECKPOINTS, f"{run.place.fingerprint}-{trial.name}", flops, None)
     run.log.info("%s: %s, seeds %s", trial.name, name, asdict(trial.seed))
     with _tracker(run, trial, folder) as tracker:
         shown = LossLog(folder / LOSSES, progress_on(name=f"{trial.name} ({name})"))
         watchers = Watchers(tracker, run.log, run.deadline, shown)
-        trainer = Trainer(config, build_model(config, device), open_rows(dataset, config), place, watchers)
+        trainer = Trainer(config, build_engine(config, device), open_rows(dataset, config), place, watchers)
         diverged = False
         try:
             with run.deadline.polled():

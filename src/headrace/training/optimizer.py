@@ -17,15 +17,13 @@ this rank owns (ZeRO-1). What a parameter gets depends on its name and whole sha
 piece is named `<parameter name>/<moment>`: put together it is shaped like the parameter and independent of any layout.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from headrace.config.schema import OptimizerConfig, PrecisionConfig
-from headrace.parallel.assembly import fill
-from headrace.parallel.shards import Piece, pieces_of
+from headrace.parallel.shards import Piece
 from headrace.training.adamw import AdamW
 from headrace.training.muon import Muon
 
@@ -64,10 +62,6 @@ class Optimizer:
         muon = [(name, _MOMENTUM, buffer) for name, buffer in self._muon.buffers.items()]
         return [self._pieces[name].of(f"{name}/{moment}", tensor) for name, moment, tensor in (*adamw, *muon)]
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The moments by their names, as long as the pieces are."""
-        return {piece.name: piece.tensor for piece in self.moments()}
-
     def state(self) -> dict[str, Any]:
         """What is no tensor, as JSON: the number of updates applied."""
         return {"updates": self._adamw.updates}
@@ -75,15 +69,6 @@ class Optimizer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned."""
         self._adamw.set_updates(int(state["updates"]))
-
-    def load_state_tensors(self, read: Callable[[str], Tensor], names: list[str], where: str) -> None:
-        """Fill the moments from `read(name)`; names or shapes that differ are a `UserError` that says `where`."""
-        copy_exactly(self.state_tensors(), read, names, where)
-
-
-def copy_exactly(targets: Mapping[str, Tensor], read: Callable[[str], Tensor], names: list[str], where: str) -> None:
-    """Copy every tensor of a file into the one of the same name; what is missing, unknown or misshapen is an error."""
-    fill(pieces_of(targets.items()), set(targets), read, names, where)
 
 
 def stays_whole(config: OptimizerConfig, name: str, shape: Sequence[int]) -> bool:

@@ -8,7 +8,8 @@ import base64
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +17,14 @@ from torch import Tensor
 from headrace.artifacts.tensors import open_tensors
 from headrace.checkpoint.store import Checkpoint
 from headrace.errors import UserError
+from headrace.parallel.assembly import fill, names_everywhere
+from headrace.parallel.shards import Piece
 from headrace.recipe.schedule import Step
 from headrace.training.history import History
-from headrace.training.optimizer import Optimizer, copy_exactly
+from headrace.training.learner import Learner
+from headrace.training.optimizer import Optimizer
 
 VERSION = 1
-
-
-class Stateful(Protocol):
-    """A model whose whole state is its state_dict."""
-
-    def state_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -64,9 +62,7 @@ def capture(
     }
 
 
-def resume(
-    found: Checkpoint, model: Stateful, optimizer: Optimizer, fingerprint: str, device: torch.device
-) -> tuple[Counters, History]:
+def resume(found: Checkpoint, learner: Learner, optimizer: Optimizer, fingerprint: str) -> tuple[Counters, History]:
     """Take a run up at one of its own checkpoints; one of another run or version is a `UserError`."""
     state = found.state
     if state.get("version") != VERSION:
@@ -78,27 +74,31 @@ def resume(
             f"{found.folder}: belongs to run {state.get('fingerprint')}, not {fingerprint}; "
             "move it away, or continue it with train.from"
         )
-    _read_tensors(found, model, optimizer)
-    _set_random_state(state["random"], device)
+    _read_tensors(found, learner, optimizer)
+    _set_random_state(state["random"], learner.device)
     return Counters(**state["counters"]), History(state["history"])
 
 
-def begin_from(source: Checkpoint, model: Stateful, optimizer: Optimizer, same_rows: bool) -> Counters:
+def begin_from(source: Checkpoint, learner: Learner, optimizer: Optimizer, same_rows: bool) -> Counters:
     """Start a new run from another run's checkpoint: its weights and moments; step and history anew.
 
     The position in the data is taken over where both read the `same_rows`, else reading starts at the beginning.
     """
-    _read_tensors(source, model, optimizer)
+    _read_tensors(source, learner, optimizer)
     position = int(source.state["counters"]["position"]) if same_rows else 0
     return Counters(position=position, first_position=position)
 
 
-def _read_tensors(found: Checkpoint, model: Stateful, optimizer: Optimizer) -> None:
-    with open_tensors(found.model_file) as file:
-        copy_exactly(model.state_dict(), file.get, file.keys(), str(found.model_file))
-    with open_tensors(found.optimizer_file) as file:
-        optimizer.load_state_tensors(file.get, file.keys(), str(found.optimizer_file))
+def _read_tensors(found: Checkpoint, learner: Learner, optimizer: Optimizer) -> None:
+    _fill(learner.everything(), found.model_file, learner)
+    _fill(optimizer.moments(), found.optimizer_file, learner)
     optimizer.load_state(found.state["optimizer"])
+
+
+def _fill(pieces: list[Piece], path: Path, learner: Learner) -> None:
+    known = names_everywhere(pieces, learner.mesh, learner.device)
+    with open_tensors(path) as file:
+        fill(pieces, known, file.get, file.keys(), str(path))
 
 
 def _random_state(device: torch.device) -> dict[str, str]:

@@ -1,8 +1,11 @@
-"""The training loop: one process, exact resume, a checkpoint before every reason to stop.
+"""The training loop: any layout, exact resume, a checkpoint before every reason to stop.
 
-One step: read the step's rows, add up the gradient over microbatches, clip it by its global norm, apply the
-optimizer, move the routers' biases once from the counts of the whole batch. What holds at a step (rates, weights,
-speeds) comes from the recipe's schedule; the trainer decides nothing of it.
+One step: read the step's rows, let the engine add up the gradient over microbatches and ranks, clip it by its global
+norm, apply the optimizer to what this rank owns, move the routers' biases once from the counts of the whole batch. What
+holds at a step (rates, weights, speeds) comes from the recipe's schedule; the trainer decides nothing of it.
+
+With several ranks each runs this loop, with the same figures; the first of them writes checkpoints and results, and its
+word counts where they could differ (when to stop, which checkpoint to take up).
 
 A step whose losses or gradient norm are not finite is not applied, neither to weights nor biases, and its rows are
 passed over; after `MAX_SKIPPED` in a row the run stops with an error, its last checkpoint untouched.
@@ -16,12 +19,12 @@ updates are taken over, and the position in the data where both runs read the sa
 before its epoch is over. Step and tokens start at 0, since the schedule is this run's own.
 
 On CUDA the loop itself waits for the device once a step, when the losses are read (and when metrics are due); each
-layer with experts waits once more, for its counts.
+layer with experts waits for its counts.
 """
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import Logger
 from pathlib import Path
@@ -30,18 +33,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from headrace.artifacts.files import write_json
 from headrace.checkpoint.retain import retain
-from headrace.checkpoint.store import load, newest_valid, save
+from headrace.checkpoint.store import checkpoint_folder, load, newest_valid, save
 from headrace.config.schema import Config, ModelConfig
-from headrace.fp8.numerics import Numerics
-from headrace.fp8.weight_gradients import WeightGradientStore
-from headrace.model.initialisation import initialise
-from headrace.model.transformer import Transformer
-from headrace.parallel.shards import pieces_of
+from headrace.parallel.assembly import gather
 from headrace.recipe.schedule import Schedule, Step
-from headrace.training.accumulate import Losses, accumulate, measure
 from headrace.training.gemm_peak import gemm_peak
 from headrace.training.history import History, max_violation, wants_load
+from headrace.training.learner import Learner
 from headrace.training.optimizer import Optimizer
 from headrace.training.progress import Progress
 from headrace.training.results import Results, write_results
@@ -49,24 +49,13 @@ from headrace.training.resume import Counters, begin_from, capture, deterministi
 from headrace.training.rows import Rows
 
 MAX_SKIPPED = 5
+TIMELINE_STEP = 5
 RECENT_ROWS = 10
 """The training loss of training.json is the mean over so many logged steps."""
 
 
 class DivergenceError(RuntimeError):
     """Several steps in a row had a loss or gradient that is no finite number."""
-
-
-class Model(Protocol):
-    """What the trainer asks of a model; `headrace.model.transformer.Transformer` is one."""
-
-    @property
-    def store(self) -> WeightGradientStore: ...
-    def losses(self, tokens_BL: Tensor, mtp_weight: float, balance_weight: float, /) -> Losses: ...
-    def token_log_probabilities(self, tokens_BL: Tensor, /) -> Tensor: ...
-    def update_router_bias(self, counts_LE: Tensor, speed: float, /) -> None: ...
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
 
 
 class Tracker(Protocol):
@@ -83,14 +72,14 @@ class Deadline(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands: its folder of checkpoints, its identity, its device, and what it starts from."""
+    """Where a run stands: its folder of checkpoints, its identity, and what it starts from."""
 
     checkpoints: Path
     fingerprint: str  # a checkpoint of another run is refused
-    device: torch.device
     flops_per_token: float  # model FLOPs of forward and backward, for MFU
     source: Path | None  # train.from: the folder of another run's checkpoint
     same_rows: bool = False  # whether that run read the same rows in the same order, so that this one goes on behind
+    timeline: Path | None = None  # where the timeline of one step is written
 
 
 @dataclass(frozen=True)
@@ -127,15 +116,6 @@ class _Figures:
         return all(map(math.isfinite, (self.loss, self.mtp, self.balance, self.gradient_norm)))
 
 
-def build_model(config: Config, device: torch.device) -> Transformer:
-    """The model of `config` on `device`, its weights drawn from `seed.init`."""
-    numerics = Numerics.resolve(config.precision, device)
-    with device:
-        model = Transformer(config.model, numerics)
-    initialise(model, config.model, config.seed.init)
-    return model
-
-
 def moe_layers(model: ModelConfig) -> list[str]:
     """Indices, as text, of the layers with experts in the order of `Losses.counts`; the MTP layer is the last."""
     return [
@@ -144,14 +124,14 @@ def moe_layers(model: ModelConfig) -> list[str]:
 
 
 class Trainer:
-    """Trains `model` (on `place.device`, initialised) by `config.recipe` on `rows`."""
+    """Trains `learner`, initialised, by `config.recipe` on `rows`."""
 
-    def __init__(self, config: Config, model: Model, rows: Rows, place: Place, watchers: Watchers) -> None:
-        self._config, self._model, self._rows, self._place, self._watch = config, model, rows, place, watchers
-        self._parameters = dict(model.named_parameters())
-        self._optimizer = Optimizer(pieces_of(self._parameters.items()), config.recipe.optimizer, config.precision)
+    def __init__(self, config: Config, learner: Learner, rows: Rows, place: Place, watchers: Watchers) -> None:
+        self._config, self._learner, self._rows, self._place, self._watch = config, learner, rows, place, watchers
+        self._optimizer = Optimizer(learner.reduction.pieces, config.recipe.optimizer, config.precision)
         self._schedule = Schedule(config.recipe)
-        self._microbatch = config.parallel.microbatch or config.recipe.batch_sequences
+        self._first = learner.mesh.rank == 0
+        self._taken = 0  # steps by this process
         self._counters, self._history = Counters(), History()
         self._window = (0, 0.0)  # tokens and seconds since speed was last logged
         self._peak = math.nan
@@ -161,9 +141,10 @@ class Trainer:
 
         Raises `UserError` where a checkpoint belongs to another run or does not fit, and `DivergenceError`.
         """
-        with deterministic(self._place.device):
-            self._start()
-            self._peak = gemm_peak(self._config.precision.compute, self._place.device)
+        with deterministic(self._learner.device):
+            with self._learner.watch.patiently("loading the checkpoint"):
+                self._start()
+            self._peak = gemm_peak(self._config.precision.compute, self._learner.device)
             self._watch.logger.info("GEMM peak in %s: %.4g FLOP/s", self._config.precision.compute, self._peak)
             try:
                 return self._train()
@@ -171,20 +152,22 @@ class Trainer:
                 self._watch.progress.close()
 
     def write_results(self, folder: Path) -> None:
-        """Write the files of the pretrain artifact (see `results`) into `folder`, after `run` finished."""
+        """Write the files of the pretrain artifact (see `results`) into `folder`; on all ranks, after `run`."""
         assert self._counters.step == self._schedule.steps, "the run has not finished"
         rows = self._rows.agreement
-        parts = [self._model.token_log_probabilities(self._to_device(row[None])).cpu() for row in rows]
+        scores = self._learner.token_log_probabilities(self._to_device(rows), "the agreement rows").cpu()
+        if not self._first:
+            return
         write_results(
             folder,
             Results(
-                checkpoint=load(self._place.checkpoints / f"step-{self._counters.step:08d}"),
+                checkpoint=load(checkpoint_folder(self._place.checkpoints, self._counters.step)),
                 history=self._history,
                 summary=self.summary(),
                 layers=moe_layers(self._config.model),
                 tokens_per_step=self._schedule.tokens_after(1),
                 agreement_tokens=rows,
-                agreement_log_probabilities=torch.cat(parts),
+                agreement_log_probabilities=scores,
             ),
         )
 
@@ -212,33 +195,41 @@ class Trainer:
             "flops_per_token": self._place.flops_per_token,
             "compute": self._config.precision.compute,
             "precision": "fp8" if self._config.precision.fp8 else self._config.precision.compute,
-            "device": self._place.device.type,
+            "device": self._learner.device.type,
+            "ranks": self._learner.mesh.world,
             "threads": torch.get_num_threads(),
         }
 
     def _start(self) -> None:
         place, logger = self._place, self._watch.logger
-        found = newest_valid(place.checkpoints)
-        if found:
-            restored = resume(found, self._model, self._optimizer, place.fingerprint, place.device)
-            self._counters, self._history = restored
+        found = newest_valid(place.checkpoints) if self._first else None
+        step = self._learner.agreed(found and found.step)
+        if step is not None:
+            found = found or load(checkpoint_folder(place.checkpoints, step), quick=True)
+            self._counters, self._history = resume(found, self._learner, self._optimizer, place.fingerprint)
             logger.info("going on after step %d of %d", found.step, self._schedule.steps)
             return
         torch.manual_seed(self._config.seed.init)
         if place.source:
-            self._counters = begin_from(load(place.source), self._model, self._optimizer, place.same_rows)
+            source = load(place.source, quick=not self._first)
+            self._counters = begin_from(source, self._learner, self._optimizer, place.same_rows)
             logger.info("starting from %s, at row %d of the data", place.source, self._counters.position)
 
     def _train(self) -> Outcome:
         counters = self._counters
         while counters.step < self._schedule.steps:
-            if reason := self._watch.deadline.reason():
+            reason, traced = self._learner.agreed([self._watch.deadline.reason(), self._wants_timeline()])
+            if reason:
                 self._save()
                 return Outcome(False, counters.step, reason)
             plan = self._schedule.at(counters.step)
+            if traced:
+                self._learner.begin_timeline()
             started = time.perf_counter()
             figures = self._take_step(plan)
             self._count(plan, time.perf_counter() - started)
+            if traced:
+                self._write_timeline(plan)
             self._report(plan, figures)
             if counters.step % self._config.checkpoint.every_steps == 0:
                 self._save()
@@ -246,23 +237,35 @@ class Trainer:
         return Outcome(True, counters.step, None)
 
     def _take_step(self, plan: Step) -> _Figures:
-        batch = self._to_device(self._rows.batch(self._counters.position, plan.sequences))
-        with self._model.store.accumulating():
-            losses = accumulate(self._model, batch, plan, self._microbatch)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
-        scalars = torch.stack([losses.main, losses.mtp, losses.balance, norm])
+        learner, mesh = self._learner, self._learner.mesh
+        share = plan.sequences // mesh.data
+        batch = self._to_device(self._rows.batch(self._counters.position + mesh.data_rank * share, share))
+        losses = learner.step(batch, plan.mtp_weight, plan.balance_weight, f"step {plan.step + 1}")
+        norm = learner.reduction.norm()
+        scalars = torch.stack([losses.main.double(), losses.mtp.double(), losses.balance.double(), norm])
         loss, mtp, balance, gradient_norm = scalars.tolist()  # the step's one wait
         figures = _Figures(loss, mtp, balance, gradient_norm, losses.counts)
         if figures.finite:
             limit = self._config.recipe.optimizer.gradient_clip
-            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), limit, norm)
+            learner.reduction.clip(limit, norm)
             self._optimizer.step(plan.learning_rate, plan.muon_learning_rate)
-            self._model.update_router_bias(losses.counts, plan.bias_update_speed)
+            learner.reduction.share()
+            learner.update_router_bias(losses.counts, plan.bias_update_speed)
             self._counters.skipped_in_a_row = 0
         else:
             self._skip(plan, figures)
-        self._model.store.recycle(self._parameters.values())
+        learner.recycle()
         return figures
+
+    def _wants_timeline(self) -> bool:
+        """Whether the next step is drawn: one of the first that this process takes, but not its first."""
+        path, self._taken = self._place.timeline, self._taken + 1
+        return self._taken == TIMELINE_STEP and path is not None and not path.exists()
+
+    def _write_timeline(self, plan: Step) -> None:
+        found = self._learner.timeline()
+        if self._first and self._place.timeline is not None:
+            write_json(self._place.timeline, {"step": plan.step + 1, **found})
 
     def _skip(self, plan: Step, figures: _Figures) -> None:
         counters = self._counters
@@ -325,7 +328,8 @@ class Trainer:
         return {f"maxvio_layer_{name}": v for name, v in zip(moe_layers(self._config.model), values, strict=True)}
 
     def _validation_metrics(self) -> dict[str, float]:
-        measured = measure(self._model, self._to_device(self._rows.validation), self._microbatch)
+        rows = self._to_device(self._rows.validation)
+        measured = self._learner.measure(rows, f"the validation after step {self._counters.step}")
         violations = max_violation(measured.counts.tolist())
         return {
             "validation_loss": measured.main.item(),
@@ -341,15 +345,20 @@ class Trainer:
         return kept
 
     def _save(self) -> None:
-        counters, place, settings = self._counters, self._place, self._config.checkpoint
+        counters, place, learner, settings = self._counters, self._place, self._learner, self._config.checkpoint
         if counters.step == 0:
             return
-        tokens, plan = self._schedule.tokens_after(counters.step), self._schedule.at(counters.step - 1)
-        state = capture(counters, tokens, plan, self._optimizer, self._history, place.fingerprint, place.device)
-        save(place.checkpoints, counters.step, self._model.state_dict(), self._optimizer.state_tensors(), state)
-        retain(place.checkpoints, settings.keep, settings.keep_every)
+        with learner.watch.patiently(f"saving step {counters.step}"):
+            model = gather(learner.owned(), learner.mesh, learner.device)
+            moments = gather(self._optimizer.moments(), learner.mesh, learner.device)
+            if not self._first:
+                return
+            tokens, plan = self._schedule.tokens_after(counters.step), self._schedule.at(counters.step - 1)
+            state = capture(counters, tokens, plan, self._optimizer, self._history, place.fingerprint, learner.device)
+            save(place.checkpoints, counters.step, model, moments, state)
+            retain(place.checkpoints, settings.keep, settings.keep_every)
 
     def _to_device(self, rows: Tensor) -> Tensor:
-        if self._place.device.type == "cuda":
-            return rows.pin_memory().to(self._place.device, non_blocking=True)
+        if self._learner.device.type == "cuda":
+            return rows.pin_memory().to(self._learner.device, non_blocking=True)
         return rows
