@@ -113,9 +113,9 @@ def test_k_grouped_of_one_expert_is_the_weight_gradient_of_a_linear_layer(produc
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs the tensor core: its sums of 14 bits are promoted")
 def test_a_long_sum_of_positive_numbers_is_promoted(products):
-    """Over K = 8192 an emulated sum of 14 bits is off by 3e-3 in norm if it is not promoted, by 5e-5 if it is."""
+    """Over K = 8192 an emulated sum of 14 bits is off by 1.3e-1 in norm if it is not promoted, by 6.2e-4 if it is."""
     a, b = (products.codes(128, 8192).abs() for _ in range(2))
     ones = torch.ones(128, 64, device="cuda")
     y = dense(a, ones, b, ones[:1], torch.float32).double()
     exact = a.double() @ b.double().T
-    assert ((y - exact).norm() / exact.norm()).item() < 3e-4
+    assert ((y - exact).norm() / exact.norm()).item() < 2e-3
