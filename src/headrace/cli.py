@@ -9,9 +9,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headrace.config.compose import load
+from headrace.config.schema import Config
 from headrace.errors import UserError
+
+if TYPE_CHECKING:
+    from headrace.planning.describe import Simulated
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,10 +75,35 @@ def _index(arguments: argparse.Namespace) -> str:
 
 def _plan(arguments: argparse.Namespace) -> str:
     from headrace.conversion.export import exported_bytes
-    from headrace.planning.describe import text_table
+    from headrace.planning.describe import layout, plan, text_table
 
     config = load(arguments.overrides)
-    return text_table(config, exported_bytes(config.model, config.convert.dtype, config.convert.unaligned))
+    rows = plan(config, exported_bytes(config.model, config.convert.dtype, config.convert.unaligned))
+    if config.parallel.pipeline * config.parallel.data > 1:
+        rows += layout(config, _simulated(config))
+    return text_table(rows)
+
+
+def _simulated(config: Config) -> "Simulated":
+    """The layout's pipeline on paper, a rank's forward of a microbatch taking 1 whatever its number of stages."""
+    from headrace.pipeline.engine import microbatches_of, schedule_of
+    from headrace.pipeline.generators import generate
+    from headrace.pipeline.simulate import Costs, simulate
+    from headrace.planning.describe import Simulated
+
+    (name, reason), microbatches = schedule_of(config), microbatches_of(config)
+    schedule = generate(name, config.parallel.pipeline, microbatches)
+    part = schedule.ranks / schedule.stages
+    found = simulate(schedule, Costs(forward=part, backward=2 * part, input=part, weight=part))
+    return Simulated(
+        name,
+        reason,
+        microbatches,
+        found.makespan,
+        max(found.idle),
+        max(found.live_activations),
+        max(found.receive_buffers),
+    )
 
 
 def _sync(arguments: argparse.Namespace) -> str:

@@ -98,7 +98,7 @@ def test_every_value_that_is_wrong_is_named_in_one_go() -> None:
         (["recipe.learning_rate.final=1"], "recipe.learning_rate.final"),
         (["corpus=files"], "corpus.paths"),
         (["tokenizer=file"], "tokenizer.path"),
-        (["parallel.data=2"], "parallel"),
+        (["parallel.data=3"], "parallel.data"),
         (["parallel.microbatch=3"], "parallel.microbatch"),
         (["train.from=nonsense"], "train.from"),
         (["publish.repo_id='a b'"], "publish.repo_id"),

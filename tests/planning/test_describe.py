@@ -5,7 +5,7 @@ import pytest
 from headrace.config.compose import load
 from headrace.model.transformer import Transformer
 from headrace.parallel.shards import pieces_of
-from headrace.planning.describe import optimizer_bytes, plan, scaled, text_table
+from headrace.planning.describe import Simulated, layout, optimizer_bytes, plan, scaled, text_table
 from headrace.planning.parameters import count
 from headrace.training.optimizer import Optimizer
 
@@ -56,10 +56,20 @@ def test_optimizer_bytes_are_those_of_its_tensors(name, moments):
 
 
 def test_the_table_aligns_its_values():
-    config = load(["experiment=tiny"])
-    lines, rows = text_table(config, 5).splitlines(), plan(config, 5)
+    rows = plan(load(["experiment=tiny"]), 5)
     begin = max(len(label) for label, _ in rows) + 2
-    assert [(line[:begin].strip(), line[begin:]) for line in lines] == rows
+    assert [(line[:begin].strip(), line[begin:]) for line in text_table(rows).splitlines()] == rows
+
+
+def test_buffers_are_those_of_a_microbatch_in_the_compute_dtype():
+    words = ["recipe.sequence_length=128", "model.hidden_size=64", "parallel=dualpipe", "parallel.microbatch=2"]
+    simulated = Simulated("dualpipe", "as configured", 4, 13, 1.3, 3, 5)
+    rows = dict(layout(load(["experiment=tiny", *words]), simulated))
+    assert rows["receive buffers"] == "5 of 32.77 kB in BF16, 163.8 kB"  # 2 * 128 * 64 * 2 bytes
+    assert rows["idle share"].startswith("10.0 %, 1.3 F of 13 F")
+    assert rows["microbatches"] == "4 of 2 x 128 tokens"
+    rows = dict(layout(load(["experiment=tiny", *words, "precision=fp32"]), simulated))
+    assert rows["receive buffers"] == "5 of 65.54 kB in FP32, 327.7 kB"
 
 
 @pytest.mark.parametrize(

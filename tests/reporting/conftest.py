@@ -5,6 +5,9 @@ import random
 
 import pytest
 
+from headrace.pipeline.generators import generate
+from headrace.pipeline.simulate import Costs, simulate
+from headrace.pipeline.timeline import COMMUNICATION, Span, idle_shares
 from headrace.reporting.facts import (
     Agreement,
     Amount,
@@ -15,6 +18,7 @@ from headrace.reporting.facts import (
     Estimate,
     Evaluation,
     ExpertLoad,
+    PipelineStep,
     PrecisionStudy,
     Publication,
     ReportFacts,
@@ -23,6 +27,7 @@ from headrace.reporting.facts import (
     Source,
     Split,
     Stage,
+    StepTimeline,
     StudyAblation,
     StudyDifference,
     StudyRun,
@@ -346,4 +351,33 @@ def demo_study() -> PrecisionStudy:
         ),
         formats=(("linear layers", "BF16", "E4M3"), ("router", "FP32", "FP32")),
         source="precision_study/0123456789ab/artifact/study.json",
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_step() -> PipelineStep:
+    """DualPipe on 4 ranks with expert parallelism: the plan, and the same with everything later and slower."""
+    simulation = simulate(generate("dualpipe", 4, 8), Costs(0.01, 0.02, 0.01, 0.01))
+    late = tuple(
+        Span(s.rank, 1.2 * s.start, 1.2 * s.start + 1.1 * (s.end - s.start), s.action) for s in simulation.spans
+    )
+    collectives = tuple(Span(s.rank, s.start + 0.001, s.start + 0.008, "dispatch", COMMUNICATION) for s in late)
+
+    def timeline(spans: tuple[Span, ...], *collectives: Span) -> StepTimeline:
+        return StepTimeline(spans, tuple(idle_shares(spans).values()), collectives)
+
+    return PipelineStep(
+        step=3,
+        schedule="dualpipe",
+        reason="it hides the communication of a forward under a backward, and the other way round.",
+        device="cpu",
+        pipeline=4,
+        data=2,
+        expert=2,
+        microbatches=8,
+        layers=(1, 2, 0, 1),
+        live_activations=simulation.live_activations,
+        receive_buffers=simulation.receive_buffers,
+        planned=timeline(simulation.spans),
+        measured=timeline(late, *collectives),
     )

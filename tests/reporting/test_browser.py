@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headrace.reporting.facts import PrecisionStudy, ReportFacts
+from headrace.reporting.facts import PipelineStep, PrecisionStudy, ReportFacts
 from headrace.reporting.page import write_report
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", shutil.which("chromium"), shutil.which("chromium-browser"),
@@ -79,9 +79,16 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def address(demo_facts: ReportFacts, demo_study: PrecisionStudy, tmp_path_factory: pytest.TempPathFactory) -> str:
+def address(
+    demo_facts: ReportFacts,
+    demo_study: PrecisionStudy,
+    demo_step: PipelineStep,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_report(replace(demo_facts, study=demo_study), path)
+    assert demo_facts.training is not None
+    training = replace(demo_facts.training, pipeline_step=demo_step)
+    write_report(replace(demo_facts, study=demo_study, training=training), path)
     return path.as_uri()
 
 

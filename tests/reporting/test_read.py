@@ -11,6 +11,12 @@ from headrace.artifacts.files import write_json
 from headrace.config.compose import load
 from headrace.errors import UserError
 from headrace.evaluation.precision import study_facts
+from headrace.parallel.mesh import Mesh
+from headrace.pipeline.communication import with_communication
+from headrace.pipeline.generators import generate
+from headrace.pipeline.measured import timeline
+from headrace.pipeline.simulate import Costs, simulate
+from headrace.pipeline.timeline import COMMUNICATION, Span
 from headrace.recipe.schedule import Schedule as Plan
 from headrace.reporting.facts import Baseline, Difference, Estimate
 from headrace.reporting.read import (
@@ -44,7 +50,8 @@ def pretrain(tmp_path: Path) -> Path:
         "validation_loss",
         "skipped_steps",
     )
-    write_json(tmp_path / "training.json", {key: float(i) for i, key in enumerate(keys, 1)})
+    facts = {key: float(i) for i, key in enumerate(keys, 1)}
+    write_json(tmp_path / "training.json", {**facts, "device": "cpu"})
     write_rows(
         tmp_path / "metrics.jsonl",
         [
@@ -75,6 +82,24 @@ def test_training(pretrain: Path) -> None:
     last = CONFIG.model.num_hidden_layers
     assert facts.expert_load.layers == {"layer 1": ((0.5, 0.5),), f"layer {last} (MTP)": ((0.75, 0.25),)}
     assert facts.expert_load.max_violation == ((100.0, 0.25),)
+
+
+def test_the_timeline_of_a_step(pretrain: Path) -> None:
+    assert read_training(pretrain, CONFIG.model, CONFIG.recipe).pipeline_step is None
+    schedule = with_communication(generate("dualpipe", 2, 4))
+    spans = [*simulate(schedule, Costs()).spans, Span(1, 2.0, 2.5, "dispatch", COMMUNICATION)]
+    for pipeline in (1, 2):
+        written = timeline(schedule, "as configured", [2, 1], Mesh(pipeline, 2, 2, 1, 0), spans)
+        write_json(pretrain / "timeline.json", {"step": 3, **written})
+        step = read_training(pretrain, CONFIG.model, CONFIG.recipe).pipeline_step
+        assert (step is None) == (pipeline == 1)  # ranks without a pipeline have no timeline
+    assert step is not None
+    assert (step.step, step.schedule, step.reason, step.device) == (3, "dualpipe", "as configured", "cpu")
+    assert (step.pipeline, step.data, step.expert, step.microbatches, step.layers) == (2, 2, 2, 4, (2, 1))
+    assert (*step.measured.spans, *step.measured.collectives) == tuple(spans)
+    assert step.planned.spans == step.measured.spans
+    assert step.planned.idle == (0.0, 0.0)  # DualPipe on two ranks
+    assert step.live_activations == (3, 3)
 
 
 def test_a_model_without_experts_has_no_load(pretrain: Path) -> None:

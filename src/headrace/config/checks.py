@@ -4,7 +4,10 @@
 once. The router's conditions are those under which group-limited top-k is defined (report, section 2.1.2).
 """
 
-from headrace.config.schema import Config, Fp8Config, ModelConfig, RecipeConfig, TokenSpan
+from headrace.config.schema import Config, Fp8Config, ModelConfig, ParallelConfig, RecipeConfig, TokenSpan
+
+_TWO_STAGES = ("interleaved_1f1b", "zb_v", "dualpipe_v")
+"""Schedules with two pipeline stages on each rank."""
 
 
 def problems(config: Config) -> list[str]:
@@ -136,15 +139,81 @@ def _across_groups(config: Config) -> list[str]:
 
 
 def _layout(config: Config) -> list[str]:
+    """A layout that the pipeline and the expert dispatch can run: ranks, microbatches, layers, experts."""
+    layout, sequences = config.parallel, config.recipe.batch_sequences
+    if sequences % layout.data:
+        wrong = [f"parallel.data={layout.data} must divide recipe.batch_sequences={sequences}"]
+    elif (rows := sequences // layout.data) % (layout.microbatch or 1):
+        wrong = [
+            f"parallel.microbatch={layout.microbatch} must divide the {rows} rows that each data rank gets of "
+            f"recipe.batch_sequences={sequences}"
+        ]
+    else:
+        wrong = _schedule(layout, rows // (layout.microbatch or rows))
+    return wrong + _stages(layout, config.model) + _experts(config)
+
+
+def _schedule(layout: ParallelConfig, microbatches: int) -> list[str]:
+    """Where each schedule exists; 1f1b, zb1p and zb_v do for all numbers (see `pipeline/generators.py`)."""
+    ranks, name = layout.pipeline, layout.schedule
+    needed = {
+        "dualpipe": (
+            ranks % 2 == 0 and microbatches % 2 == 0 and microbatches >= 2 * ranks,
+            f"an even parallel.pipeline and an even number of microbatches, at least {2 * ranks}",
+        ),
+        "dualpipe_v": (microbatches >= 2 * ranks, f"at least {2 * ranks} microbatches"),
+        "interleaved_1f1b": (
+            microbatches % max(1, microbatches // ranks) == 0,
+            "microbatches in equal rounds of at least parallel.pipeline, such as a multiple of it",
+        ),
+    }
+    exists, needs = needed.get(name, (True, ""))
+    if exists:
+        return []
+    return [
+        f"parallel.schedule={name} with parallel.pipeline={ranks} needs {needs}; recipe.batch_sequences, parallel.data "
+        f"and parallel.microbatch make {microbatches} of them (zb1p and auto take any number)"
+    ]
+
+
+def _stages(layout: ParallelConfig, model: ModelConfig) -> list[str]:
+    if layout.layers is None:
+        return []
     wrong = []
-    layout, recipe = config.parallel, config.recipe
-    world = layout.pipeline * layout.data
-    if world != 1:
-        wrong.append(f"parallel.pipeline x parallel.data is {world}; this version trains in one process (use 1 and 1)")
-    if layout.data % layout.expert:
-        wrong.append(f"parallel.expert={layout.expert} must divide parallel.data={layout.data}")
-    if layout.microbatch and recipe.batch_sequences % layout.microbatch:
+    stages = layout.pipeline * (2 if layout.schedule in _TWO_STAGES else 1)
+    if len(layout.layers) != stages:
         wrong.append(
-            f"parallel.microbatch={layout.microbatch} must divide recipe.batch_sequences={recipe.batch_sequences}"
+            f"parallel.layers has {len(layout.layers)} numbers; parallel.pipeline={layout.pipeline} with "
+            f"parallel.schedule={layout.schedule} makes {stages} pipeline stages"
+        )
+    if sum(layout.layers) != model.num_hidden_layers:
+        wrong.append(
+            f"parallel.layers sums to {sum(layout.layers)}, not to model.num_hidden_layers={model.num_hidden_layers}"
+        )
+    return wrong
+
+
+def _experts(config: Config) -> list[str]:
+    layout, model, fp8 = config.parallel, config.model, config.precision.fp8
+    expert, node = layout.expert, layout.node_size
+    wrong = []
+    if layout.data % expert:
+        wrong.append(f"parallel.expert={expert} must divide parallel.data={layout.data}")
+    if model.n_routed_experts % expert:
+        wrong.append(f"parallel.expert={expert} must divide model.n_routed_experts={model.n_routed_experts}")
+    if expert % node and node % expert:
+        wrong.append(
+            f"one of parallel.expert={expert} and parallel.node_size={node} must divide the other, so that expert "
+            "groups fill nodes or lie within one"
+        )
+    elif model.n_group % (nodes := max(1, expert // node)):
+        wrong.append(
+            f"parallel.expert={expert} spans {nodes} nodes of parallel.node_size={node}, which must divide "
+            f"model.n_group={model.n_group}, so that each node holds whole groups"
+        )
+    if expert > 1 and fp8 is not None and fp8.activation_tile != "1x128":
+        wrong.append(
+            f"precision.fp8.activation_tile={fp8.activation_tile} is not possible with parallel.expert={expert}: "
+            "a token travels with its own scales, use 1x128"
         )
     return wrong

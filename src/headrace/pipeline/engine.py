@@ -149,9 +149,8 @@ class Engine:
         """log p(token | tokens before it) in nats for rows of T + 1 tokens, the same on all ranks: [R, T]."""
         results, numbers = self._measured(rows_RL, True, label)
         scores = torch.zeros(rows_RL.shape[0], rows_RL.shape[1] - 1, dtype=torch.float32, device=self.device)
-        size = len(rows_RL) // max(1, len(numbers)) if numbers else 0
         for microbatch, values in results.log_probabilities.items():
-            part = numbers[microbatch]
+            part, size = numbers[microbatch], len(values)
             if part is not None:
                 scores[part * size : (part + 1) * size] = values
         return self._summed(scores)

@@ -112,8 +112,8 @@ class _Execution:
         begun = trace.now() if trace else None
         if action.kind is Kind.OVERLAP_F_B:
             (forward, backward), (hidden, gradient) = action.parts, inputs
-            back = self._backward(backward, gradient, self._around.store.do)
-            results = interleave(back, self._forward(forward, hidden))
+            ahead = self._forward(forward, hidden)  # first: both passes are live at once
+            results = interleave(self._backward(backward, gradient, self._around.store.do), ahead)
             outputs = [results[1], results[0]]
         elif action.kind is Kind.F:
             outputs = [run(self._forward(action, inputs[0]))]
@@ -132,7 +132,9 @@ class _Execution:
 
     def _forward(self, action: Action, hidden: Tensor | None) -> Steps[Tensor | None]:
         place, plan = _place(action), self._plan
-        passing = StagePass(self._stages[place[0]], self._around, plan.feed(place[1]), place[1])
+        stage, given = self._stages[place[0]], plan.feed(place[1])
+        self._transfers.check(given.shape(stage.config), f"{action} of {plan.label}")
+        passing = StagePass(stage, self._around, given, place[1])
         if plan.train:
             self._passes[place] = passing
             self.peak_live = max(self.peak_live, len(self._passes))
@@ -163,7 +165,6 @@ class _Execution:
     def _output(self, part: Action, output: Tensor | None) -> None:
         if output is None:
             return
-        self._transfers.check(output, f"{part} of {self._plan.label}")
         forward = part.kind is Kind.F
         stage, microbatch = _place(part)
         if resulting_send(self._plan.schedule, part, self._rank):

@@ -173,6 +173,10 @@ class Microbatch:
         assert self.tokens_BL.shape[1] > ahead, "a row holds at least one token and its targets"
         return self.tokens_BL.shape[1] - ahead
 
+    def shape(self, config: ModelConfig) -> torch.Size:
+        """Of its hidden states: [B, T, D]."""
+        return torch.Size((len(self.tokens_BL), self.length(config), config.hidden_size))
+
 
 class StagePass:
     """One microbatch in one stage."""

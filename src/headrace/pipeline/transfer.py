@@ -6,7 +6,7 @@ size of DeepSeek-V3. `simulate` predicts that number. A buffer is given back whe
 
 Between two ranks there is a channel per direction and per kind (hidden states, gradients), each with a process group of
 its own, so that messages are matched in their order and no kind waits behind the other.
-All hidden states of a step have one shape and dtype; what differs is refused before it is sent.
+All hidden states of a step have one shape and dtype; what differs is refused before it is computed.
 """
 
 from collections.abc import Callable, Iterable
@@ -67,10 +67,10 @@ class Transfers:
         self.pool = ReceivePool(lambda: torch.empty(shape, dtype=dtype, device=device))
         self._sending: list[tuple[distributed.Work, Tensor]] = []
 
-    def check(self, hidden: Tensor, action: str) -> None:
-        """Raise `ShapeError` where hidden states differ from the step's."""
-        if hidden.shape != self.shape:
-            raise ShapeError(f"{action}: hidden states of {list(hidden.shape)} where the step has {list(self.shape)}")
+    def check(self, shape: torch.Size, action: str) -> None:
+        """Raise `ShapeError` where a microbatch's hidden states, of `shape`, differ from the step's."""
+        if shape != self.shape:
+            raise ShapeError(f"{action}: hidden states of {list(shape)} where the step has {list(self.shape)}")
 
     def send(self, tensor: Tensor, to: int, kind: Kind) -> None:
         """Start to send to pipeline rank `to`; the tensor is held, and must not change, until it has arrived."""

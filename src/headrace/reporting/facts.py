@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.pipeline.timeline import Span
+
 Point = tuple[float, float]
 """(training tokens seen so far, value)."""
 
@@ -96,6 +98,34 @@ class ExpertLoad:
 
 
 @dataclass(frozen=True)
+class StepTimeline:
+    """What each pipeline rank does in one step; times in seconds from its first action."""
+
+    spans: tuple[Span, ...]
+    idle: tuple[float, ...]  # by rank, 0..1
+    collectives: tuple[Span, ...] = ()  # from issue to the end of the wait
+
+
+@dataclass(frozen=True)
+class PipelineStep:
+    """One traced step of a run on several pipeline ranks, and what its schedule plans with the same durations."""
+
+    step: int
+    schedule: str
+    reason: str  # why this schedule, in one sentence
+    device: str
+    pipeline: int  # ranks
+    data: int
+    expert: int
+    microbatches: int
+    layers: tuple[int, ...]  # by pipeline stage
+    live_activations: tuple[int, ...]  # by rank, at the peak: of one microbatch on one stage each
+    receive_buffers: tuple[int, ...]  # by rank, at the peak
+    planned: StepTimeline
+    measured: StepTimeline
+
+
+@dataclass(frozen=True)
 class Training:
     """The pretrain stage: what was trained, how long it took and what was logged on the way."""
 
@@ -115,6 +145,7 @@ class Training:
     schedules: tuple[Schedule, ...]
     expert_load: ExpertLoad | None
     formats: tuple[tuple[str, str], ...]  # what runs in which format
+    pipeline_step: PipelineStep | None = None  # None: one pipeline rank
 
 
 CURVES = ("train", "validation", "mtp", "gradient_norm", "tokens_per_second", "mfu")

@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup
 
 from headrace.artifacts.files import write_atomic
-from headrace.reporting import figures, precision, quantities
+from headrace.reporting import figures, layout, precision, quantities
 from headrace.reporting.facts import BitsPerByte, PrecisionStudy, ReportFacts
 
 _HERE = Path(__file__).parent
@@ -75,7 +75,9 @@ def headline_score(facts: ReportFacts) -> BitsPerByte | None:
 
 def _context(facts: ReportFacts) -> dict[str, Any]:
     training, evaluation, score = facts.training, facts.evaluation, headline_score(facts)
-    log, loads = (figures.source_of(facts, "pretrain", file) for file in ("metrics.jsonl", "expert_load.json"))
+    log, loads, timeline = (
+        figures.source_of(facts, "pretrain", file) for file in ("metrics.jsonl", "expert_load.json", "timeline.json")
+    )
     results = figures.source_of(facts, "evaluate", "results.json")
     plan = "recipe, under Configuration"
     return {
@@ -89,6 +91,7 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         "schedules": figures.schedule_figures(training, plan) if training else [],
         "experts": figures.expert_figures(training, loads) if training else [],
         "throughput": figures.throughput_figures(training, log) if training else [],
+        "layout": layout.section(training.pipeline_step, timeline) if training and training.pipeline_step else None,
         "gradient": figures.gradient_figure(training, log) if training else None,
         "precision": precision.section(facts.study) if facts.study else None,
         "kinds": figures.kinds_figure(evaluation, results) if evaluation else None,

@@ -7,6 +7,7 @@ error here, never a gap on the page. What a run did not make at all is for the c
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import read_json
 from headrace.config.schema import ModelConfig, RecipeConfig
 from headrace.errors import UserError
+from headrace.pipeline.timeline import COMMUNICATION, Span
 from headrace.planning.parameters import count
 from headrace.recipe.schedule import Schedule as Plan
 from headrace.recipe.schedule import Step
@@ -27,6 +29,7 @@ from headrace.reporting.facts import (
     Estimate,
     Evaluation,
     ExpertLoad,
+    PipelineStep,
     Point,
     PrecisionStudy,
     Sample,
@@ -34,6 +37,7 @@ from headrace.reporting.facts import (
     Source,
     Split,
     Stage,
+    StepTimeline,
     StudyAblation,
     StudyDifference,
     StudyRun,
@@ -127,6 +131,7 @@ def read_training(pretrain: Path, model: ModelConfig, recipe: RecipeConfig) -> T
         schedules=planned(recipe),
         expert_load=_read_load(pretrain / "expert_load.json", model.num_hidden_layers),
         formats=tuple((row["what"], row["format"]) for row in read_json(pretrain / "formats.json")),
+        pipeline_step=_read_timeline(pretrain / "timeline.json", facts["device"]),
     )
 
 
@@ -233,6 +238,24 @@ def _read_load(path: Path, first_mtp: int) -> ExpertLoad | None:
     }
     tokens = tuple(map(float, facts["tokens"]))
     return ExpertLoad(tokens, layers, tuple(zip(tokens, facts["maxvio_mean"], strict=True)))
+
+
+def _read_timeline(path: Path, device: str) -> PipelineStep | None:
+    """None where one process trained, or ranks that form no pipeline."""
+    if not path.exists() or (facts := read_json(path))["pipeline"] == 1:
+        return None
+    same: dict[str, Any] = {
+        key: facts[key] for key in ("step", "schedule", "reason", "pipeline", "data", "expert", "microbatches")
+    }
+    same |= {key: tuple(facts[key]) for key in ("layers", "live_activations", "receive_buffers")}
+    planned, measured = _step_timeline(facts["planned"]), _step_timeline(facts["measured"])
+    return PipelineStep(**same, device=device, planned=planned, measured=measured)
+
+
+def _step_timeline(entry: Mapping[str, Any]) -> StepTimeline:
+    spans = tuple(Span(*row) for row in entry["spans"])
+    collectives = (replace(Span(*row), lane=COMMUNICATION) for row in entry.get("collectives", ()))
+    return StepTimeline(spans, tuple(entry["idle"]), tuple(collectives))
 
 
 def _amounts(table: Mapping[str, Any]) -> list[Amount]:
