@@ -27,13 +27,15 @@ from headrace.parallel.dispatch import make_dispatcher
 from headrace.parallel.mesh import Groups, Mesh
 from headrace.parallel.reduction import GradientReduction, Held
 from headrace.parallel.shards import Piece, Whole
+from headrace.pipeline import measured
 from headrace.pipeline.communication import with_communication
 from headrace.pipeline.execute import Executor, Plan, Watch
 from headrace.pipeline.generators import forward_only, generate, pick
 from headrace.pipeline.overlap import Surroundings, Weights
 from headrace.pipeline.schedule import Schedule
 from headrace.pipeline.stages import Microbatch, Results, build_stages, split_layers
-from headrace.pipeline.trace import Trace
+from headrace.pipeline.timeline import Span
+from headrace.pipeline.trace import PIECES, Trace
 from headrace.pipeline.transfer import Transfers, open_transfers
 from headrace.pipeline.validate import validate
 
@@ -94,13 +96,15 @@ class Engine:
     ) -> None:
         self.mesh, self.device, self.config = mesh, device, config.model
         self._parallel, self._microbatch = config.parallel, config.parallel.microbatch
-        self._name, _ = schedule_of(config)
+        self._name, self._reason = schedule_of(config)
+        self._microbatches = microbatches_of(config)
         self.trace = Trace(mesh.pipeline_rank, device) if trace else None
         self.groups = Groups(mesh, timedelta(minutes=10))
         self._dtype = numerics.dtype
         dispatcher = make_dispatcher(mesh, self.groups, numerics.linear, config.parallel)
-        schedule = self.schedule(microbatches_of(config))
+        schedule = self.schedule(self._microbatches)
         split = split_layers(self.config.num_hidden_layers, schedule.stages, config.parallel.layers)
+        self._layers = [len(layers) for layers in split]
         held = schedule.stages_of(mesh.pipeline_rank)
         self.model, self.stages = build_stages(self.config, numerics, dispatcher, split, held, device)
         self._last = schedule.stages - 1
@@ -194,8 +198,10 @@ class Engine:
     def timeline(self) -> dict[str, Any]:
         """The step since `begin_timeline` on all pipeline ranks, measured and planned (`measured.timeline`)."""
         assert self.trace is not None
-        said = exchange([asdict(span) for span in self.trace.spans()], self.mesh, self.device)
-        return {"spans": [span for rank in range(self.mesh.pipeline) for span in said[self.mesh.at(rank, 0)]]}
+        spans = [asdict(span) for span in self.trace.spans() if span.lane != PIECES]
+        said = exchange(spans, self.mesh, self.device)
+        ours = [Span(**span) for rank in range(self.mesh.pipeline) for span in said[self.mesh.at(rank, 0)]]
+        return measured.timeline(self.schedule(self._microbatches), self._reason, self._layers, self.mesh, ours)
 
     def close(self) -> None:
         """End the channel's thread."""

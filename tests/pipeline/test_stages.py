@@ -1,0 +1,71 @@
+"""How the model is cut: layers, names, both ends of the pipeline, stages without layers, scores."""
+
+import pytest
+import torch
+
+from headrace.fp8.numerics import Numerics
+from headrace.model.transformer import Transformer
+from headrace.pipeline.overlap import Weights, run
+from headrace.pipeline.stages import Microbatch, Results, StagePass, split_layers
+from pipeline_runs import ALPHA, MTP, configuration, reference, rows, stages_here
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "given", "counts"),
+    [
+        (4, 2, None, [2, 2]),
+        (5, 3, None, [2, 2, 1]),
+        (2, 4, None, [1, 1, 0, 0]),
+        (61, 16, None, [4] * 13 + [3] * 3),
+        (4, 3, (0, 4, 0), [0, 4, 0]),
+    ],
+)
+def test_layers_are_split_in_order(layers, stages, given, counts):
+    split = split_layers(layers, stages, given)
+    assert [len(part) for part in split] == counts
+    assert [layer for part in split for layer in part] == list(range(layers))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_stages_together_hold_every_name_of_the_model_once_and_the_embedding_at_both_ends(count):
+    config = configuration()
+    stages, _ = stages_here(config, Numerics("fp32"), count)
+    with torch.device("meta"):
+        whole = Transformer(config.model, Numerics("fp32"))
+    names = [name for stage in stages for name, _ in stage.named_parameters()]
+    twice = ["model.embed_tokens.weight"] if count > 1 else []
+    assert sorted(names) == sorted([*dict(whole.named_parameters()), *twice])
+    buffers = [name for stage in stages for name, _ in stage.named_buffers()]
+    assert sorted(buffers) == sorted(dict(whole.named_buffers()))
+    assert sorted(number for stage in stages for number in stage.routers()) == [1, 2, 3, 4]
+    assert not any(parameter.is_meta for stage in stages for _, parameter in stage.named_parameters())
+
+
+def test_both_embeddings_of_a_rank_share_their_memory_and_not_their_gradient():
+    (first, last), _ = stages_here(configuration(), Numerics("fp32"), 2)
+    assert last.embed is None
+    assert last.mtp_embed.weight is not first.embed.weight
+    assert last.mtp_embed.weight.data_ptr() == first.embed.weight.data_ptr()
+
+
+def test_a_stage_without_layers_hands_on_a_copy_so_that_its_buffer_can_be_used_again():
+    stages, around = stages_here(configuration(), Numerics("fp32"), 7)
+    given = Microbatch(rows(configuration(), count=1), Weights(1, MTP, ALPHA, train=True))
+    hidden, results = torch.randn(given.shape(stages[5].config)), Results()
+    passing = StagePass(stages[5], around, given, 0)
+    for out in (run(passing.forward(hidden, results)), run(passing.backward(hidden, around.store.do))):
+        assert torch.equal(out, hidden)
+        assert out.data_ptr() != hidden.data_ptr()
+    assert results == Results()
+
+
+def test_scores_are_those_of_the_whole_model_and_need_no_token_beyond_their_targets():
+    config = configuration()
+    stages, around = stages_here(config, Numerics("fp32"), 3)
+    tokens, results, hidden = rows(config, count=2)[:, :-1], Results(), None
+    given = Microbatch(tokens, Weights(1, 0, 0, train=False), score=True)
+    for stage in stages:
+        hidden = run(StagePass(stage, around, given, 5).forward(hidden, results))
+    expected = reference(config, Numerics("fp32")).token_log_probabilities(tokens)
+    torch.testing.assert_close(results.log_probabilities[5], expected)
+    assert not results.losses

@@ -1,0 +1,35 @@
+"""What `headrace` prints."""
+
+import pytest
+
+from headrace.cli import main
+
+
+def rows(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
+    assert main(["plan", *words]) == 0
+    return dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_plan_of_the_published_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {k: v.strip() for k, v in rows(capsys, "model=v3_671b", "recipe=v3_671b", "parallel=v3").items()}
+    assert found["ranks"] == "2,048 = pipeline 16 x data 128, experts shared out over 64 of these"
+    assert found["pipeline schedule"].startswith("dualpipe")
+    assert found["microbatches"] == "120 of 1 x 4,096 tokens"
+    assert found["idle share"].startswith("3.7 %, 14 F of 374 F")  # the closed form for DualPipe
+    assert found["activations at the peak"].startswith("17,")  # PP + 1
+    assert found["receive buffers"].endswith(", 1.174 GB")  # 1.09 GiB
+
+
+def test_a_stage_of_half_a_rank_takes_half_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(capsys, "parallel=dualpipe", "parallel.schedule=dualpipe_v")
+    assert found["idle share"].strip().startswith("4.0 %, 1 F of 25 F")  # N (F + B) and PP - 1 idle
+
+
+def test_one_process_has_no_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "idle share" not in rows(capsys, "parallel=single")
+
+
+def test_what_is_impossible_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "parallel=dualpipe", "parallel.microbatch=4"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("headrace plan: config: parallel.schedule=dualpipe") and said.count("\n") == 1
