@@ -10,7 +10,8 @@ the schedule, not of a clever scheduler. Semantics:
   it in the same channel (source, destination, forward or backward) is over, and takes `Costs.transfer`;
 - a forward, a backward or an input gradient alone shows its all-to-all in full. In an overlapped pair both directions'
   all-to-all runs beside the computation: the pair takes the longer of the two. That is a lower bound, as if every
-  collective found computation to hide under (report, arXiv 2412.19437, section 3.2.1, figure 4);
+  collective found computation to hide under (report, arXiv 2412.19437, section 3.2.1, figure 4). Where
+  `Costs.attention` says how a layer divides, pairs and backwards take what the order of `overlap.py` takes;
 - a received hidden state is held until B or I of its stage ends, a received gradient until B or W ends (a deferred
   weight gradient may read it); where nothing goes backward, until F ends.
 
@@ -46,6 +47,7 @@ class Costs:
     overlapped: PerStage | None = None  # of the pair with this forward; None: forward + backward of its two stages
     dispatch: PerStage = 0  # all-to-all of a stage's forward; its backward takes the same again
     combine: PerStage = 0
+    attention: float | None = None  # its share of all computation, 0 to 1, the experts' being the rest; None: unknown
     transfer: float = 0  # a hidden state from rank to rank
     activation_bytes: int = 0  # of a hidden state
     all_to_all_bytes: int = 0  # that leave a rank in a stage's forward; in its backward the same again
@@ -53,14 +55,35 @@ class Costs:
     def time(self, action: Action) -> float:
         """How long an F, B, I, W or overlapped pair keeps its rank."""
         if action.parts:
-            forward, backward = action.parts
-            alone = _at(self.forward, forward) + _at(self.backward, backward)
-            compute = alone if self.overlapped is None else _at(self.overlapped, forward)
-            return max(compute, self._all_to_all(forward) + self._all_to_all(backward))
+            return self._pair(*action.parts)
         if action.kind is Kind.W:
             return _at(self.weight, action)
         cost = {Kind.F: self.forward, Kind.B: self.backward, Kind.I: self.input}[action.kind]
-        return _at(cost, action) + self._all_to_all(action)
+        alone = _at(cost, action) + self._all_to_all(action)
+        if action.kind is Kind.B and self.attention is not None:  # dispatch' runs under the experts' weight gradients
+            alone -= min(_at(self.dispatch, action), (1 - self.attention) * _at(self.weight, action))
+        return alone
+
+    def _pair(self, forward: Action, backward: Action) -> float:
+        if self.attention is None or self.overlapped is not None:
+            alone = _at(self.forward, forward) + _at(self.backward, backward)
+            compute = alone if self.overlapped is None else _at(self.overlapped, forward)
+            return max(compute, self._all_to_all(forward) + self._all_to_all(backward))
+        attention, experts = self._divided(_at(self.forward, forward))
+        attention_back, experts_back = self._divided(_at(self.backward, backward))
+        _, weights = self._divided(_at(self.weight, backward))
+        # Two clocks, the rank's and the channel's, as `overlap.interleave` gives turns.
+        now, channel = attention, _at(self.combine, backward)
+        now, dispatched = max(now, channel), max(now, channel) + _at(self.dispatch, forward)
+        now += experts_back - weights
+        channel = max(now, dispatched) + _at(self.dispatch, backward)
+        now = max(now + weights, dispatched) + experts
+        combined = max(now, channel) + _at(self.combine, forward)
+        return max(max(now, channel) + attention_back, combined)
+
+    def _divided(self, time: float) -> tuple[float, float]:
+        assert self.attention is not None
+        return self.attention * time, (1 - self.attention) * time
 
     def check(self, stages: int) -> None:
         """Raise `UserError` where a cost per stage is not given for every stage."""

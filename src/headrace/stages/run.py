@@ -35,6 +35,7 @@ from headrace.config.schema import Config
 from headrace.corpus.lock import Lock
 from headrace.corpus.sources import checked_lock, known_lock
 from headrace.errors import UserError
+from headrace.launch.blame import RankFailure
 from headrace.launch.deadline import Deadline, StopRequested
 from headrace.stages import provenance
 from headrace.stages.attempts import RUN_AGAIN, Ledger
@@ -345,4 +346,6 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" ({error.filename})" if error.filename else ""
         return 2, f"the disk is full{where}; free some space and run it again: nothing finished is lost"
+    if isinstance(error, RankFailure):
+        return 1, f"{error}; the same command goes on from the last checkpoint"
     return 1, f"{type(error).__name__}: {error}"
