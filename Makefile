@@ -5,7 +5,7 @@ SNAKEMAKE := $(BIN)/snakemake
 # Kernels are also compiled with the newest Triton, ahead of the one that torch names (tests/kernels).
 NEWEST_TRITON := 3.9.0
 
-.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-gpu bench-overhead bench-seeds
+.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-pipeline bench-gpu bench-overhead bench-seeds
 
 run: setup
 	$(SNAKEMAKE)
@@ -54,6 +54,9 @@ bench-fp8: setup
 
 bench-dispatch: setup
 	$(BIN)/python benchmarks/dispatch.py
+
+bench-pipeline: setup
+	$(BIN)/python benchmarks/pipeline.py
 
 bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py

@@ -1,9 +1,9 @@
 """A rank of `pipeline.py`'s second part: it sleeps where others compute, so many ranks fit on two cores.
 
-Executor, stage passes, overlap, channel, weight-gradient store and gloo transfers are the real ones. A stage is real too,
-with an embedding and a head of a few numbers, but its layers sleep: attention and experts each for their forward, their
-input gradient and their weight gradient. Nothing is sent to experts on other ranks; where a delay is wanted, every
-all-to-all of a layer sleeps in the channel's thread.
+Executor, stage passes, overlap, channel, weight-gradient store and gloo transfers are the real ones. A stage is real
+too, with an embedding and a head of a few numbers, but its layers sleep: attention and experts each for their forward,
+their input gradient and their weight gradient. Nothing is sent to experts on other ranks; where a delay is wanted,
+every all-to-all of a layer sleeps in the channel's thread.
 """
 
 import time
@@ -36,6 +36,7 @@ from headrace.pipeline.generators import generate
 from headrace.pipeline.overlap import Surroundings, Weights
 from headrace.pipeline.simulate import Costs
 from headrace.pipeline.stages import Microbatch, Stage
+from headrace.pipeline.timeline import COMPUTE
 from headrace.pipeline.trace import Trace
 from headrace.pipeline.transfer import Transfers, open_transfers
 
@@ -54,8 +55,7 @@ class Sleeps:
     def costs(self) -> Costs:
         """The same for the simulator."""
         one, shown = self.layer * self.layers, self.delay * self.layers
-        hidden = EXPERTS * one
-        return Costs(one, 2 * one, one, one, dispatch=shown, combine=shown)
+        return Costs(one, 2 * one, one, one, dispatch=shown, combine=shown, attention=ATTENTION)
 
 
 class Attention(nn.Module):
@@ -125,7 +125,10 @@ def stage_of(index: int, last: int, sleeps: Sleeps, config: ModelConfig, store: 
 
 
 def measure(rank: int, world: int, cases: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """For each case {schedule, microbatches, layer, layers, delay}: this rank's seconds from a barrier to its end, and busy."""
+    """This rank's seconds {makespan: from a barrier to its last action's end, busy: in actions} for each case.
+
+    A case is {schedule, microbatches, layer, layers, delay}; see `Sleeps`.
+    """
     tiny = load(["experiment=tiny"]).model
     config = replace(tiny, vocab_size=8, hidden_size=8, num_nextn_predict_layers=0)
     mesh = Mesh(world, 1, 1, 1, rank)
@@ -133,26 +136,21 @@ def measure(rank: int, world: int, cases: Sequence[Mapping[str, Any]]) -> list[d
     schedules = [with_communication(generate(case["schedule"], world, case["microbatches"])) for case in cases]
     open_transfers(groups, mesh, schedules)
     found = []
+    given = Microbatch(torch.zeros(1, TOKENS + 1, dtype=torch.long), Weights(1, 0, 0, train=True))
     for case, schedule in zip(cases, schedules, strict=True):
-        sleeps, store = Sleeps(case["layer"], case["layers"], case["delay"]), WeightGradientStore()
-        stages = {s: stage_of(s, schedule.stages - 1, sleeps, config, store) for s in schedule.stages_of(rank)}
-        trace, channel = Trace(rank, CPU), DelayedChannel(ThreadChannel(), sleeps.delay)
-        transfers = Transfers(groups, mesh, torch.Size((1, TOKENS, config.hidden_size)), torch.float32, CPU)
-        executor = Executor(rank, stages, Surroundings(channel, store, trace), transfers, Unwatched())
-        given = Microbatch(torch.zeros(1, TOKENS + 1, dtype=torch.long), Weights(1, 0, 0, train=True))
-        plan = Plan(schedule, lambda _, given=given: given, True, lambda _: None, case["schedule"])
-        for _ in range(2):  # the first opens gloo's connections
+        wanted = Sleeps(case["layer"], case["layers"], case["delay"])
+        for sleeps in (replace(wanted, layer=0, delay=0), wanted):  # the first opens gloo's connections
+            store, trace = WeightGradientStore(), Trace(rank, CPU)
+            stages = {s: stage_of(s, schedule.stages - 1, sleeps, config, store) for s in schedule.stages_of(rank)}
+            channel = DelayedChannel(ThreadChannel(), sleeps.delay)
+            transfers = Transfers(groups, mesh, given.shape(config), torch.float32, CPU)
+            executor = Executor(rank, stages, Surroundings(channel, store, trace), transfers, Unwatched())
             distributed.barrier()
             trace.begin()
             with store.accumulating():
-                executor.run(plan)
-        channel.close()
-        spans = [span for span in trace.spans() if span.lane == "compute"]
-        found.append(
-            {
-                "makespan": max(s.end for s in spans),
-                "busy": sum(s.end - s.start for s in spans),
-                "spans": [(s.action, s.end - s.start) for s in spans],
-            }
-        )
+                executor.run(Plan(schedule, lambda _: given, True, lambda _: None, case["schedule"]))
+            channel.close()
+        spans = [span for span in trace.spans() if span.lane == COMPUTE]
+        busy = sum(span.end - span.start for span in spans)
+        found.append({"makespan": max(span.end for span in spans), "busy": busy})
     return found

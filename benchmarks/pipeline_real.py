@@ -27,6 +27,7 @@ from headrace.model.loss import cross_entropy
 from headrace.parallel.mesh import Mesh
 from headrace.pipeline.engine import Engine
 from headrace.pipeline.stages import Stage
+from headrace.pipeline.timeline import COMPUTE
 
 OURS = ("1f1b", "zb1p", "zb_v", "dualpipe", "dualpipe_v")
 TORCH = {"1f1b": pipelining.Schedule1F1B, "zb_v": ScheduleZBVZeroBubble, "dualpipe_v": ScheduleDualPipeV}
@@ -78,7 +79,7 @@ class Ours(Contestant):
         trace.begin()
         losses = self.engine.step(rows_RL, 0.0, 0.0, "the benchmark")
         ended = time.perf_counter()
-        spans = [span for span in trace.spans() if span.lane == "compute"]
+        spans = [span for span in trace.spans() if span.lane == COMPUTE]
         busy, last = sum(span.end - span.start for span in spans), max(span.end for span in spans)
         return Measured(begun, begun + last, ended, busy, [asdict(span) for span in spans], losses.main.item())
 
@@ -136,7 +137,7 @@ class Torchs(Contestant):
 
 
 class StageModule(nn.Module):
-    """A stage as one module: tokens or hidden states to hidden states, normalised at the end (the loss has the head)."""
+    """A stage as one module: tokens or hidden states to hidden states, the last normalised; the loss has the head."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()

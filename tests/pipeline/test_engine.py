@@ -33,7 +33,7 @@ from ranks import run_ranks
 
 HERE = "pipeline/test_engine.py"
 LIMIT = {"fp64": 1e-10, "fp32": 1e-5}
-SIZES = {"2": [(2, 1, 1)], "4": [(2, 2, 1), (2, 2, 2), (4, 1, 1)]}  # by ranks: pipeline, expert, node size
+SIZES = {2: [(2, 1, 1)], 4: [(2, 2, 1), (2, 2, 2), (4, 1, 1)]}  # by ranks: pipeline, expert, node size
 CASES = {
     f"{schedule} PP{pipeline} EP{expert} nodes of {node} {compute}": (
         world, compute, layout(schedule, pipeline, expert, node),
@@ -43,16 +43,16 @@ CASES = {
     for schedule in SCHEDULES
     for compute in LIMIT
 }  # fmt: skip
-CASES["interleaved_1f1b PP2 fp64"] = "2", "fp64", layout("interleaved_1f1b")
-CASES["layers 3,1 fp64"] = "2", "fp64", layout("dualpipe") | {"layers": (3, 1)}
-CASES["layers 0,4 fp64"] = "2", "fp64", layout("1f1b") | {"layers": (0, 4)}
-CASES["layers 4,0 fp64"] = "2", "fp64", layout("dualpipe") | {"layers": (4, 0)}
-CASES["layers 1,0,3,0 fp64"] = "2", "fp64", layout("dualpipe_v") | {"layers": (1, 0, 3, 0)}
+CASES["interleaved_1f1b PP2 fp64"] = 2, "fp64", layout("interleaved_1f1b")
+CASES["layers 3,1 fp64"] = 2, "fp64", layout("dualpipe") | {"layers": (3, 1)}
+CASES["layers 0,4 fp64"] = 2, "fp64", layout("1f1b") | {"layers": (0, 4)}
+CASES["layers 4,0 fp64"] = 2, "fp64", layout("dualpipe") | {"layers": (4, 0)}
+CASES["layers 1,0,3,0 fp64"] = 2, "fp64", layout("dualpipe_v") | {"layers": (1, 0, 3, 0)}
 
 
 def compare(rank, world):
     """Rank 0: by case, differences of losses and gradients from one process, and whether the counts are equal."""
-    cases = {name: rest for name, (ranks, *rest) in CASES.items() if int(ranks) == world}
+    cases = {name: rest for name, (ranks, *rest) in CASES.items() if ranks == world}
     expected = {compute: _expected(compute) for compute in LIMIT} if rank == 0 else None
     found = {}
     for name, (compute, parallel) in cases.items():
@@ -103,24 +103,29 @@ def _halves(config, numerics):
     return sums | {tied: (embed_a + ahead_b) + (embed_b + ahead_a)}
 
 
+def everything(rank, world):
+    """All that is asked of so many ranks in one start of them, which takes longer than most of it."""
+    return {part.__name__: part(rank, world) for part in (compare, score, learn)}
+
+
 @pytest.fixture(scope="module")
-def compared():
-    """By number of ranks: one start of the ranks for all its cases, when the first of them is asked for."""
+def started():
+    """By number of ranks, what `everything` returned on each of them; started when first asked for."""
     found = {}
 
     def of(ranks):
         if ranks not in found:
-            found[ranks] = {}  # so that ranks that fail are not started again for every case
-            found[ranks] = run_ranks(int(ranks), HERE, "compare", seconds=240)[0]
-        return found[ranks]
+            found[ranks] = None  # so that ranks that failed are not started again for every case
+            found[ranks] = run_ranks(ranks, HERE, "everything", seconds=300)
+        return found[ranks] or pytest.fail("these ranks failed when they were started for an earlier test")
 
     return of
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_schedule_and_layout_gives_the_gradients_of_one_process(compared, case):
+def test_every_schedule_and_layout_gives_the_gradients_of_one_process(started, case):
     ranks, compute, _ = CASES[case]
-    found = compared(ranks)[case]
+    found = started(ranks)[0]["compare"][case]
     assert found["counts"]
     assert found["losses"] < LIMIT[compute]
     assert found["gradients"] < LIMIT[compute]
@@ -134,18 +139,19 @@ def test_one_process_gives_the_gradients_of_plain_autograd(compute):
     assert found["gradients"] < LIMIT[compute]
 
 
-@pytest.mark.parametrize(("pipeline", "ranks"), [(2, "2"), (4, "4")])
-def test_the_gradient_norm_is_bitwise_equal_across_schedules_of_one_direction(compared, pipeline, ranks):
+@pytest.mark.parametrize("pipeline", [2, 4])
+def test_the_gradient_norm_is_bitwise_equal_across_schedules_of_one_direction(started, pipeline):
+    found = started(pipeline)[0]["compare"]
     norms = {
-        schedule: compared(ranks)[f"{schedule} PP{pipeline} EP1 nodes of 1 fp32"]["norm"]
+        schedule: found[f"{schedule} PP{pipeline} EP1 nodes of 1 fp32"]["norm"]
         for schedule in ("1f1b", "zb1p", "zb_v", "dualpipe_v")
     }
     assert len(set(norms.values())) == 1, norms
 
 
-@pytest.mark.parametrize(("pipeline", "ranks"), [(2, "2"), (4, "4")])
-def test_dualpipe_is_bitwise_equal_to_one_process_that_sums_its_two_halves(compared, pipeline, ranks):
-    assert compared(ranks)[f"dualpipe PP{pipeline} EP1 nodes of 1 fp32"]["as two halves"]
+@pytest.mark.parametrize("pipeline", [2, 4])
+def test_dualpipe_is_bitwise_equal_to_one_process_that_sums_its_two_halves(started, pipeline):
+    assert started(pipeline)[0]["compare"][f"dualpipe PP{pipeline} EP1 nodes of 1 fp32"]["as two halves"]
 
 
 MEASURED = [1, 5, 6, 8]  # rows
@@ -175,9 +181,9 @@ def score(rank, world):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_validation_and_scores_are_those_of_one_process_also_where_rows_do_not_divide(ranks):
-    for found in run_ranks(ranks, HERE, "score"):
-        for case, figures_of in found.items():
+def test_validation_and_scores_are_those_of_one_process_also_where_rows_do_not_divide(started, ranks):
+    for found in started(ranks):
+        for case, figures_of in found["score"].items():
             assert figures_of["counts"], case
             assert figures_of["losses"] < 1e-10, case
             assert figures_of["balance"] == 0, case
@@ -210,24 +216,21 @@ def _digest(tensor):
 
 
 @pytest.fixture(scope="module")
-def learned():
-    """The reference curve, and by number of ranks what `learn` returned on each rank."""
+def expected_curve():
     config = configuration(model={"num_hidden_layers": 2})
-    expected = [losses for losses, _ in reference_train(reference(config, Numerics("fp32")), config, STEPS)]
-    return expected, {ranks: run_ranks(ranks, HERE, "learn") for ranks in (2, 4)}
+    return [losses for losses, _ in reference_train(reference(config, Numerics("fp32")), config, STEPS)]
 
 
 @pytest.mark.parametrize(("schedule", "ranks"), [*((schedule, 2) for schedule in SCHEDULES), ("dualpipe", 4)])
-def test_thirty_steps_follow_one_process(learned, schedule, ranks):
-    expected, found = learned
-    assert sum(expected[-1]) < 0.9 * sum(expected[0]), "the comparison says nothing where nothing is learned"
-    for result in found[ranks]:
-        assert worst(result[schedule]["curve"], expected) < 1e-5
+def test_thirty_steps_follow_one_process(started, expected_curve, schedule, ranks):
+    assert sum(expected_curve[-1]) < 0.9 * sum(expected_curve[0]), "nothing is learned, so nothing is compared"
+    for result in started(ranks):
+        assert worst(result["learn"][schedule]["curve"], expected_curve) < 1e-5
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_copies_are_bitwise_equal_after_twenty_steps(learned, ranks):
-    digests = [result["dualpipe"]["digests"] for result in learned[1][ranks]]
+def test_copies_are_bitwise_equal_after_twenty_steps(started, ranks):
+    digests = [result["learn"]["dualpipe"]["digests"] for result in started(ranks)]
     mirrors = zip(digests[: ranks // 2], digests[ranks // 2 :], strict=True)
     for here, there in mirrors:  # a rank and the one with the same experts at the other end hold the same stages
         assert len(here) > 30
@@ -240,10 +243,7 @@ FP8 = {"num_hidden_layers": 2, "hidden_size": 192, "intermediate_size": 384, "mo
 
 
 def mission(rank, world):
-    """FP8 x DualPipe x expert parallelism: curves and routing by node size; one process' on rank 0.
-
-    On rank 1 that of one process whose head differs by a millionth: how far rounding alone leads.
-    """
+    """FP8 x DualPipe x expert parallelism: curves and routing by node size; one process' on rank 0."""
     found = {}
     for node_size in (1, 2):
         config = _fp8(**layout("dualpipe", 2, 2, node_size))
@@ -262,8 +262,8 @@ def mission(rank, world):
         curve = [losses for losses, _ in train(running, config, steps)]
         running.close()
         found[f"nodes of {node_size}"] = {"curve": curve, "decisions": decisions}
-    if rank < 2:
-        found["one process"] = _alone(_fp8(), 1e-6 * rank)
+    if rank == 0:
+        found["one process"] = _alone(_fp8())
     return found
 
 
@@ -275,10 +275,8 @@ def _fp8(**parallel):
     return configuration("fp8", model=FP8, recipe=recipe, **parallel)
 
 
-def _alone(config, nudge):
+def _alone(config):
     model, decisions = reference(config, numerics_of("fp8", config)), {}
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1 + nudge * torch.randn(model.lm_head.weight.shape))
     for number, router in enumerate(model.routers(), start=config.model.first_k_dense_replace):
         _record(router, number, range(8), decisions)
     curve = [losses for losses, _ in reference_train(model, config, STEPS)]
@@ -310,7 +308,7 @@ def _differing(ours, theirs):
 
 def test_fp8_with_dualpipe_and_expert_parallelism_follows_one_process(record_property):
     found = run_ranks(4, HERE, "mission", seconds=240)
-    alone, nudged = (result["one process"] for result in found[:2])
+    alone = found[0]["one process"]
     assert alone["curve"][-1][0] < 0.9 * alone["curve"][0][0]
     one, two = (
         {
@@ -319,12 +317,13 @@ def test_fp8_with_dualpipe_and_expert_parallelism_follows_one_process(record_pro
         }
         for nodes in ("nodes of 1", "nodes of 2")
     )
-    apart, rounding = _apart(one, alone), _apart(nudged, alone)
+    apart = _apart(one, alone)
     for name, value in apart.items():
         record_property(name, value)
-        print(f"{name}: {value:.2g} apart; one process nudged by a millionth {rounding[name]:.2g}")
+        print(f"{name}: {value:.2g} apart")
     assert max(apart[name] for name in ("total", "main", "MTP", "balance")) < 1e-3
-    assert 0 < apart["decisions"] < 2 * rounding["decisions"]
+    assert 0 < apart["decisions"] < 0.06  # measured: 0.028, as much as in one process whose head is nudged by 1e-6
+    assert apart["first decisions"] < 0.001
     assert two["curve"] == one["curve"][:SAME]
     assert two["decisions"] == {place: said[:SAME] for place, said in one["decisions"].items()}
 

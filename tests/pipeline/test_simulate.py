@@ -111,6 +111,24 @@ def test_all_to_all_shows_alone_and_hides_in_a_pair() -> None:
     assert times(slow, 0)["(0F1;0B0)OVERLAP_F_B"] == (6, 16)  # 2 x (2 + 3) covers the computation
 
 
+def test_a_known_share_of_attention_gives_what_the_order_of_overlap_gives() -> None:
+    text = "0F0,(0F1;0B0)OVERLAP_F_B,0B1\n"
+
+    def pair_and_backward(**costs: float) -> tuple[float, ...]:
+        spans = times(simulate(Schedule.from_csv(text), Costs(5, 10, 5, 5, attention=0.4, **costs)), 0)
+        return tuple(spans[name][1] - spans[name][0] for name in ("(0F1;0B0)OVERLAP_F_B", "0B1"))
+
+    # A layer's attention takes 2, 2 + 2 backward, its experts 3, 3 + 3 backward.
+    assert pair_and_backward() == (15, 10)
+    assert pair_and_backward(dispatch=2, combine=2) == (15, 12)  # alone, dispatch' runs under W
+    assert pair_and_backward(dispatch=3, combine=3) == (16, 13)  # combine' shows 1
+    assert pair_and_backward(dispatch=4, combine=1) == (15, 12)  # dispatch' shows 1 alone
+    assert pair_and_backward(dispatch=10, combine=0) == (
+        26,
+        17,
+    )  # attention, dispatch, dispatch', attention': 2 + 10 + 10 + 4
+
+
 def test_buffers_are_held_as_long_as_somebody_may_read_them() -> None:
     split = "0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0RECV_B1,0I0,0I1,0W0,0W1\n" + (
         "1RECV_F0,1F0,1RECV_F1,1F1,1I0,1SEND_B0,1I1,1SEND_B1,1W0,1W1\n"

@@ -1,4 +1,4 @@
-"""pretrain on several ranks, through its door: the same loss as in one process, and what a killed rank leaves behind."""
+"""pretrain on several ranks, through its door: it follows one process, and a killed rank costs no state."""
 
 import json
 import shutil

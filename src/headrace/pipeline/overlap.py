@@ -19,6 +19,7 @@ Shapes: B batch, T tokens, N = B * T, D model width, S rows received.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -201,17 +202,18 @@ class LayerPass:
         assert down is not None
         assert drows is not None
         assert dweights_S is not None
-        collecting = self._around.channel.start(
-            "dispatch'", lambda: dispatcher.collect_gradient(drows, dweights_S, received)
-        )
+        collect = partial(dispatcher.collect_gradient, drows, dweights_S, received)
+        collecting = self._around.channel.start("dispatch'", collect)
+        del collect, drows, dweights_S, self._experts_in, self._experts_out  # attention' is to find their memory free
         do(work)
+        del work
         yield
         dx_ND, dweights_NK = collecting.wait()
         gradients = [dhidden_BTD, down + dx_ND, dweights_NK]
         if self.balance is not None:
             gradients.append(torch.full_like(self.balance, self._weights.share))
         do(self._piece.backward("attention'", self._attention_out, gradients))
-        del self._attention_out, self._experts_in, self._experts_out, self._received
+        del self._attention_out, self._received
 
 
 class _Values(torch.autograd.Function):
