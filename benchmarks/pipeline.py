@@ -8,12 +8,12 @@ in which a rank computes no microbatch; `after` is what comes then: the sum of D
 the losses. Ours is also beside the simulator, given the mean duration of each kind of action on each stage.
 
 Sleeping ranks: 4 and 8 processes run the same executor with layers that sleep (`pipeline_asleep.py`), without and with
-an all-to-all whose two ways take as long as the layer's forward. The simulator gets the same times.
+an all-to-all whose two ways take as long as the layer's forward: medians of three. The simulator gets the same times.
 
 Nothing here is a GPU's time. Two cores cannot show throughput, and waking 8 processes on them costs a few per cent.
 Timing needs a quiet machine: above a load average of 0.7 the benchmark refuses, and exits 2.
 
-    python benchmarks/pipeline.py            about five minutes on two cores
+    python benchmarks/pipeline.py            about nine minutes on two cores
     python benchmarks/pipeline.py --quick    small sizes, to see that it runs: its figures mean nothing
     python benchmarks/pipeline.py --anyway   on a busy machine
 """
@@ -57,7 +57,7 @@ def main() -> int:
     print(f"torch {torch.__version__}, load average before the run {load_before:.2f}")
     real = real_rows(arguments)
     load_between = os.getloadavg()[0]
-    asleep = [row for ranks in (4, 8) for row in asleep_rows(ranks, arguments.quick)]
+    asleep = [row for ranks in (4, 8) for row in asleep_rows(ranks, arguments)]
     print_asleep(asleep)
     summary = {
         "benchmark": "pipeline", "quick": arguments.quick, "load_before": load_before, "load_between": load_between,
@@ -72,11 +72,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="timed steps per contestant")
     parser.add_argument("--tokens", type=int, default=128, help="of a microbatch")
     parser.add_argument("--microbatches", type=int, default=8, help="of a step")
+    parser.add_argument("--turns", type=int, default=3, help="of sleeping ranks; the median is taken")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--anyway", action="store_true", help="also on a busy machine")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rounds, arguments.tokens = 2, 32
+        arguments.rounds, arguments.tokens, arguments.turns = 2, 32, 1
     return arguments
 
 
@@ -147,34 +148,29 @@ def print_real(rows: Sequence[Row]) -> None:
     print(f"{found['ours']} / {found['torch']}: {found['ratio']:.3f}; same schedule: {found['same']}")
 
 
-def asleep_rows(ranks: int, quick: bool) -> list[Row]:
+def asleep_rows(ranks: int, arguments: argparse.Namespace) -> list[Row]:
     """One row for each schedule, without and with a delayed all-to-all. All have the same work per rank."""
-    layer = 0.004 if quick else 0.05
-    cases = [
-        {
-            "schedule": name,
-            "microbatches": 2 * ranks,
-            "layer": layer,
-            "layers": 1 if name.endswith("v") else 2,
-            "delay": d,
-        }
-        for d in (0.0, layer / 2)
+    layer = 0.004 if arguments.quick else 0.05
+    cases: list[Row] = [
+        {"schedule": name, "microbatches": 2 * ranks, "layer": layer, "delay": delay}
+        | {"layers": 1 if name in ("zb_v", "dualpipe_v") else 2}
+        for delay in (0.0, layer / 2)
         for name in OURS
     ]
-    said = run_ranks(ranks, str(HERE / "pipeline_asleep.py"), "measure", seconds=900, cases=cases)
+    given = {"cases": cases, "turns": arguments.turns}
+    said = run_ranks(ranks, str(HERE / "pipeline_asleep.py"), "measure", seconds=1200, **given)
     rows = []
-    for index, case in enumerate(cases):
-        plan = simulate(
-            generate(str(case["schedule"]), ranks, 2 * ranks),
-            Sleeps(case["layer"], case["layers"], case["delay"]).costs(),
-        )
-        makespan = max(rank[index]["makespan"] for rank in said)
-        idle = 1 - sum(rank[index]["busy"] for rank in said) / ranks / makespan
+    for case, turns in zip(cases, zip(*said, strict=True), strict=True):
+        sleeps = Sleeps(case["layer"], case["layers"], case["delay"])
+        plan = simulate(generate(case["schedule"], ranks, case["microbatches"]), sleeps.costs())
+        slept = []
+        for parts in zip(*turns, strict=True):
+            makespan = max(part["makespan"] for part in parts)
+            slept.append((makespan, 1 - sum(part["busy"] for part in parts) / ranks / makespan))
+        seconds, idle = sorted(slept)[len(slept) // 2]
         planned = sum(plan.idle) / ranks / plan.makespan
-        rows.append(
-            {"ranks": ranks, **case, "seconds": makespan, "idle": idle, "simulated": plan.makespan,
-             "simulated_idle": planned, "off": plan.makespan / makespan - 1}
-        )  # fmt: skip
+        figures = {"seconds": seconds, "idle": idle, "simulated": plan.makespan, "simulated_idle": planned}
+        rows.append({"ranks": ranks, **case, **figures, "off": plan.makespan / seconds - 1})
     return rows
 
 

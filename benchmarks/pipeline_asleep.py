@@ -124,8 +124,8 @@ def stage_of(index: int, last: int, sleeps: Sleeps, config: ModelConfig, store: 
     return stage
 
 
-def measure(rank: int, world: int, cases: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """This rank's seconds {makespan: from a barrier to its last action's end, busy: in actions} for each case.
+def measure(rank: int, world: int, cases: Sequence[Mapping[str, Any]], turns: int) -> list[list[dict[str, float]]]:
+    """This rank's seconds {makespan: from a barrier to its last action's end, busy: in actions} by case and turn.
 
     A case is {schedule, microbatches, layer, layers, delay}; see `Sleeps`.
     """
@@ -138,8 +138,8 @@ def measure(rank: int, world: int, cases: Sequence[Mapping[str, Any]]) -> list[d
     found = []
     given = Microbatch(torch.zeros(1, TOKENS + 1, dtype=torch.long), Weights(1, 0, 0, train=True))
     for case, schedule in zip(cases, schedules, strict=True):
-        wanted = Sleeps(case["layer"], case["layers"], case["delay"])
-        for sleeps in (replace(wanted, layer=0, delay=0), wanted):  # the first opens gloo's connections
+        wanted, seconds = Sleeps(case["layer"], case["layers"], case["delay"]), []
+        for sleeps in (replace(wanted, layer=0, delay=0), *[wanted] * turns):  # the first opens gloo's connections
             store, trace = WeightGradientStore(), Trace(rank, CPU)
             stages = {s: stage_of(s, schedule.stages - 1, sleeps, config, store) for s in schedule.stages_of(rank)}
             channel = DelayedChannel(ThreadChannel(), sleeps.delay)
@@ -150,7 +150,8 @@ def measure(rank: int, world: int, cases: Sequence[Mapping[str, Any]]) -> list[d
             with store.accumulating():
                 executor.run(Plan(schedule, lambda _: given, True, lambda _: None, case["schedule"]))
             channel.close()
-        spans = [span for span in trace.spans() if span.lane == COMPUTE]
-        busy = sum(span.end - span.start for span in spans)
-        found.append({"makespan": max(span.end for span in spans), "busy": busy})
+            spans = [span for span in trace.spans() if span.lane == COMPUTE]
+            busy = sum(span.end - span.start for span in spans)
+            seconds.append({"makespan": max(span.end for span in spans), "busy": busy})
+        found.append(seconds[1:])
     return found

@@ -178,7 +178,7 @@ def case_body(
             for held in run.held_all
         ],
         "owned": sum(piece.tensor.numel() for piece in run.reduction.pieces),
-        "bytes": sum(tensor.nbytes for tensor in run.optimizer.state_tensors().values()),
+        "bytes": sum(piece.tensor.nbytes for piece in run.optimizer.moments()),
     }
 
 
@@ -200,7 +200,7 @@ def single(
         norms.append(norm.item())
         torch.nn.utils.clip_grads_with_norm_(tensors.values(), limit, norm.float())
         optimizer.step(*RATES)
-    return tensors, optimizer.state_tensors(), norms
+    return tensors, {piece.name: piece.tensor for piece in optimizer.moments()}, norms
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor], exact: set[str], moments: str) -> None:
