@@ -163,7 +163,7 @@ def ranks():
 def test_a_pair_hides_the_delays_of_its_collectives(ranks):
     for found, _ in ranks:
         forward, backward, both = found["least"]
-        assert forward + backward > found["delays"], "nothing hides them apart"
+        assert forward + backward > 0.75 * found["delays"], "nothing but the weight gradients hides them apart"
         assert both < forward + backward - found["delays"] / 4, found  # half and more is hidden on an idle machine
 
 

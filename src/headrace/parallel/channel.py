@@ -53,7 +53,8 @@ class _Work(Generic[T]):
     def __init__(self, label: str, work: Callable[[], T], record: Record | None) -> None:
         self._label, self._work, self._record = label, work, record
         self._issued, self._finished = time.perf_counter(), 0.0
-        self._over = threading.Event()
+        self._over = threading.Lock()  # released when the work is over; an Event costs more than some works
+        self._over.acquire()
         self._results: list[T] = []
         self._error: BaseException | None = None
 
@@ -64,11 +65,11 @@ class _Work(Generic[T]):
             self._error = error
         del self._work  # and the tensors that it holds
         self._finished = time.perf_counter()
-        self._over.set()
+        self._over.release()
 
     def wait(self) -> T:
         waited = time.perf_counter()
-        self._over.wait()
+        self._over.acquire()
         if self._record is not None:
             self._record(self._label, self._issued, waited, self._finished, time.perf_counter())
         if self._error is not None:

@@ -188,9 +188,8 @@ class LayerPass:
             self._experts_out = [get_gradient_edge(output) for output in (rows_out, shared_out)]
             self._received = replace(received, operand=None)  # what the backward needs of it, autograd keeps
         yield
-        out_ND = shared_out.detach() + collecting.wait()
-        hidden_BTD: Tensor = attended.residual_BTD.detach() + out_ND.view_as(attended.residual_BTD)
-        return hidden_BTD
+        out_ND = collecting.wait().add_(shared_out.detach())
+        return out_ND.view_as(attended.residual_BTD).add_(attended.residual_BTD.detach())
 
     def _backward_moe(self, mlp: MoeFeedForward, dhidden_BTD: Tensor, do: Do) -> Steps[None]:
         dispatcher, received = mlp.dispatcher, self._received
@@ -209,7 +208,7 @@ class LayerPass:
         del work
         yield
         dx_ND, dweights_NK = collecting.wait()
-        gradients = [dhidden_BTD, down + dx_ND, dweights_NK]
+        gradients = [dhidden_BTD, dx_ND.add_(down), dweights_NK]
         if self.balance is not None:
             gradients.append(torch.full_like(self.balance, self._weights.share))
         do(self._piece.backward("attention'", self._attention_out, gradients))
