@@ -163,7 +163,8 @@ def ranks():
 def test_a_pair_hides_the_delays_of_its_collectives(ranks):
     for found, _ in ranks:
         forward, backward, both = found["least"]
-        assert forward + backward > 0.75 * found["delays"], "nothing but the weight gradients hides them apart"
+        # Apart, a backward still hides one of its two collectives: dispatch' runs under the experts' weight gradients.
+        assert forward + backward > 0.75 * found["delays"] + 0.8 * found["computing"]
         assert both < forward + backward - found["delays"] / 4, found  # half and more is hidden on an idle machine
 
 
