@@ -8,6 +8,7 @@ the GEMMs of a custom autograd function in both halves.
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -47,15 +48,15 @@ class Measured:
     loss: float | None  # where it is known
 
 
-class Contestant:
+class Contestant(ABC):
     """Takes a step when told."""
 
     name: str
     engine: Engine
 
+    @abstractmethod
     def step(self, rows_RL: Tensor) -> Measured:
         """Forward and backward of a batch, from a barrier on."""
-        raise NotImplementedError
 
     def norm(self) -> float:
         """Of the whole gradient, on all ranks; forgets it."""
@@ -73,7 +74,6 @@ class Ours(Contestant):
     def step(self, rows_RL: Tensor) -> Measured:
         """One step with a trace."""
         trace = self.engine.trace
-        assert trace is not None
         distributed.barrier()
         begun = time.perf_counter()
         trace.begin()
@@ -176,7 +176,7 @@ def configuration(tokens: int, microbatches: int, quick: bool) -> Config:
 def engine_of(schedule: str, config: Config, rank: int) -> Engine:
     """Its stages have the same weights whatever the schedule."""
     config = replace(config, parallel=replace(config.parallel, schedule=schedule))
-    return Engine(config, Numerics("fp32"), Mesh.of(config.parallel, rank), CPU, lambda *_: False, trace=True)
+    return Engine(config, Numerics("fp32"), Mesh.of(config.parallel, rank), CPU, lambda *_: False)
 
 
 def measure(rank: int, world: int, tokens: int, microbatches: int, rounds: int, quick: bool) -> dict[str, Any]:

@@ -96,10 +96,12 @@ def deadlock(rank: Rank) -> None:
 
 
 def patience(rank: Rank) -> None:
-    """Rank 1 saves for longer than `hang_seconds`, while rank 0 waits for it."""
+    """Rank 1 saves for longer than `hang_seconds`, as does an action within, while rank 0 waits for it."""
     rank.connect(CPU)
     if rank.rank == 1:
         with rank.patiently("saving"):
+            time.sleep(1.6)
+            rank.doing("the first action of its shape")
             time.sleep(1.6)
     rank.waiting("rank 1's checkpoint")
     distributed.barrier()

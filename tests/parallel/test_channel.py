@@ -38,7 +38,8 @@ def test_an_exception_reaches_whoever_waits_and_later_works_still_run(kind):
 
 def test_a_thread_works_while_the_caller_goes_on_and_the_record_shows_it():
     records, go = [], threading.Event()
-    channel = ThreadChannel(lambda *times: records.append(times))
+    channel = ThreadChannel()
+    channel.listen(lambda *times: records.append(times))
     before = time.perf_counter()
     pending = channel.start("dispatch", lambda: go.wait(10))
     go.set()  # an inline work would have waited for this in vain
@@ -52,7 +53,8 @@ def test_a_thread_works_while_the_caller_goes_on_and_the_record_shows_it():
 
 def test_a_delayed_work_hides_under_computation():
     records = []
-    channel = DelayedChannel(ThreadChannel(lambda *times: records.append(times)), 0.3)
+    channel = DelayedChannel(ThreadChannel(), 0.3)
+    channel.listen(lambda *times: records.append(times))
     pending = channel.start("combine", lambda: 1)
     time.sleep(0.6)  # the computation
     assert pending.wait() == 1
@@ -89,7 +91,8 @@ def test_neither_a_finished_work_nor_a_pending_waited_for_keeps_memory(kind):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="would overlap two CUDA streams; there is no GPU")
 def test_a_stream_works_beside_the_callers_and_waits_for_what_came_before():
     device, records = torch.device("cuda"), []
-    channel = StreamChannel(device, lambda *times: records.append(times))
+    channel = StreamChannel(device)
+    channel.listen(lambda *times: records.append(times))
     for _ in range(20):  # memory is used again and again
         x = torch.full((1 << 20,), 1.0, device=device)
         torch.cuda._sleep(1_000_000)

@@ -45,8 +45,8 @@ def test_interleaving_takes_turns_backward_first(backward, forward):
 def traced(rank, world):
     """Spans of one step of DualPipe whose two stages have two layers with experts each."""
     config = configuration(**layout("dualpipe", 2, 2) | {"layers": (3, 1)})
-    running = engine(config, Numerics("fp32"), rank, trace=True)
-    running.trace.begin()
+    running = engine(config, Numerics("fp32"), rank)
+    running.begin_timeline()
     running.step(local(running, rows(config)), MTP, ALPHA, "step 1")
     running.close()
     return [asdict(span) for span in running.trace.spans()]

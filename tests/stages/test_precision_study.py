@@ -16,12 +16,13 @@ import torch
 
 from headrace.config.compose import load
 from headrace.corpus.sources import known_lock
-from headrace.stages import corpus, precision_study, tokenize, tokenizer
+from headrace.stages import precision_study
 from headrace.stages.places import Place, places
 from headrace.stages.precision_study import DOOR, steps_done
 from headrace.stages.run import main
 from headrace.training.learner import build_engine
 from headrace.training.trials import trials
+from small_corpus import tokenized
 
 STEPS = 24
 RUNS = [f"pair-{pair}-{role}" for pair in (0, 1) for role in ("baseline", "candidate")]
@@ -36,15 +37,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings with a finished tokenize stage."""
-    folder = tmp_path_factory.mktemp("study")
-    (folder / "texts").mkdir()
-    for name in range(20):
-        (folder / "texts" / f"{name}.txt").write_text(" ".join(f"word{(name * i) % 97}" for i in range(400)))
-    words = [*SMALL, f"corpus.paths=[{folder}/texts]", f"paths.results={folder}/results"]
-    for stage in (corpus, tokenizer, tokenize):
-        assert main(stage.DOOR, words) == 0
-    return words
+    return tokenized(tmp_path_factory.mktemp("study"), SMALL)
 
 
 def place_of(words: list[str]) -> Place:

@@ -15,9 +15,10 @@ import torch
 from headrace.artifacts.tensors import load_tensors
 from headrace.config.compose import load
 from headrace.corpus.sources import known_lock
-from headrace.stages import corpus, pretrain, tokenize, tokenizer
+from headrace.stages import pretrain
 from headrace.stages.places import places
 from headrace.stages.run import main
+from small_corpus import tokenized
 
 SMALL = (
     "experiment=tiny", "tracking=disabled", "corpus=files", "corpus.validation_fraction=0.2", "precision=fp32",
@@ -34,15 +35,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings with a finished tokenize stage."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "texts").mkdir()
-    for name in range(20):
-        (folder / "texts" / f"{name}.txt").write_text(" ".join(f"word{(name * i) % 97}" for i in range(400)))
-    words = [*SMALL, f"corpus.paths=[{folder}/texts]", f"paths.results={folder}/results"]
-    for stage in (corpus, tokenizer, tokenize):
-        assert main(stage.DOOR, words) == 0
-    return words
+    return tokenized(tmp_path_factory.mktemp("ranks"), SMALL)
 
 
 def elsewhere(data: list[str], folder: Path, layout: str) -> list[str]:

@@ -113,9 +113,12 @@ def test_k_grouped_of_one_expert_is_the_weight_gradient_of_a_linear_layer(produc
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs the tensor core: its sums of 14 bits are promoted")
 def test_a_long_sum_of_positive_numbers_is_promoted(products):
-    """Over K = 8192 an emulated sum of 14 bits is off by 1.3e-1 in norm if it is not promoted, by 6.2e-4 if it is."""
+    """K = 8192. By the emulation of headrace.fp8.accumulator 1.3e-1 unpromoted and 6.2e-4 promoted, above this bound.
+
+    No GPU has run it yet: the first one decides between the bound and the emulation.
+    """
     a, b = (products.codes(128, 8192).abs() for _ in range(2))
     ones = torch.ones(128, 64, device="cuda")
     y = dense(a, ones, b, ones[:1], torch.float32).double()
     exact = a.double() @ b.double().T
-    assert ((y - exact).norm() / exact.norm()).item() < 2e-3
+    assert ((y - exact).norm() / exact.norm()).item() < 3e-4

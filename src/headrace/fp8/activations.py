@@ -3,8 +3,8 @@
 Several layers read one input (gate and up projection; the two down projections of MLA). `Input` quantises it once for
 all of them and says what autograd is to keep; in the backward pass the first of them makes the operand of the weight
 gradients and the last one drops it. An `Activation` may carry a recipe to compute it again (`Again`: the output of a
-norm from its input); then nothing of its own is kept. Recomputed values are the same bits, so recomputation changes
-memory and time and nothing else.
+norm from its input); then nothing of its own is kept. Such values are the same bits, so this changes memory
+and time and nothing else. (SwiGLU's output is another matter: computed again from inputs that are kept in E4M3.)
 """
 
 from collections.abc import Callable

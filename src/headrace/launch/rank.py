@@ -55,6 +55,7 @@ class Rank:
         self._heart = Heartbeat(meeting.connect(), rank, meeting.slate_of(rank))
         # The attribute itself, not a method around it: the executor marks every action.
         self._mark = self._heart.mark
+        self._busy = Mood.BUSY
 
     @staticmethod
     def join(environment: Mapping[str, str] = os.environ) -> "Rank":
@@ -91,8 +92,11 @@ class Rank:
         return device
 
     def doing(self, label: str) -> None:
-        """Say what is done from now on, e.g. `1B3 of step 17`: it must change within `launch.hang_seconds`."""
-        self._mark(label, Mood.BUSY)
+        """Say what is done from now on, e.g. `1B3 of step 17`: it must change within `launch.hang_seconds`.
+
+        Within `patiently` it may take as long as that.
+        """
+        self._mark(label, self._busy)
 
     def waiting(self, label: str) -> None:
         """As `doing`, for a wait for another rank: e.g. `2RECV_F3 of step 5, for rank 0`."""
@@ -101,9 +105,11 @@ class Rank:
     @contextmanager
     def patiently(self, label: str) -> Iterator[None]:
         """Mark an activity that may take minutes. An exception leaves it standing, so that the report names it."""
-        before, _, mood = self._heart.activity
+        (before, _, mood), busy = self._heart.activity, self._busy
+        self._busy = Mood.PATIENT
         self._mark(label, Mood.PATIENT)
         yield
+        self._busy = busy
         self._mark(before, mood)
 
     def tell(self, kind: str, payload: Any) -> None:

@@ -23,8 +23,8 @@ T = TypeVar("T")
 Covariant = TypeVar("Covariant", covariant=True)
 
 Record = Callable[[str, float, float, float, float], None]
-"""Told at the end of every `wait`: label, then when the work was issued, when `wait` was entered, when the work
-finished, and when `wait` returned, all of `time.perf_counter`."""
+"""Who listens is told at the end of every `wait`: label, then when the work was issued, when `wait` was entered, when
+the work finished, and when `wait` returned, all of `time.perf_counter`."""
 
 
 class Pending(Protocol[Covariant]):
@@ -40,6 +40,10 @@ class Channel(Protocol):
 
     def start(self, label: str, work: Callable[[], T]) -> Pending[T]:
         """Start `work` after those before it. An exception is kept for `wait`."""
+        ...
+
+    def listen(self, record: Record | None) -> None:
+        """Tell `record` of every work that is started from now on; None tells nobody."""
         ...
 
     def close(self) -> None:
@@ -80,7 +84,11 @@ class _Work(Generic[T]):
 class InlineChannel:
     """Runs everything at once: for one process, which has nothing to hide."""
 
-    def __init__(self, record: Record | None = None) -> None:
+    def __init__(self) -> None:
+        self._record: Record | None = None
+
+    def listen(self, record: Record | None) -> None:
+        """Tell `record` of every work."""
         self._record = record
 
     def start(self, label: str, work: Callable[[], T]) -> Pending[T]:
@@ -96,11 +104,15 @@ class InlineChannel:
 class ThreadChannel:
     """Runs works in one thread: for CPUs. The thread does not keep a process alive whose work hangs."""
 
-    def __init__(self, record: Record | None = None) -> None:
-        self._record = record
+    def __init__(self) -> None:
+        self._record: Record | None = None
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="channel", daemon=True)
         self._thread.start()
+
+    def listen(self, record: Record | None) -> None:
+        """Tell `record` of every work."""
+        self._record = record
 
     def start(self, label: str, work: Callable[[], T]) -> Pending[T]:
         """Queue `work`."""
@@ -130,11 +142,16 @@ class StreamChannel:
     the caller to use one stream.
     """
 
-    def __init__(self, device: torch.device, record: Record | None = None) -> None:
-        self._device, self._record = device, record
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._record: Record | None = None
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._zero = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._zero_time = 0.0
+
+    def listen(self, record: Record | None) -> None:
+        """Tell `record` of every work; each then costs a wait for the device."""
+        self._record = record
         if record is not None:
             self._zero.record(self._stream)
             self._zero.synchronize()
@@ -152,7 +169,7 @@ class StreamChannel:
 class _Launched(Generic[T]):
     def __init__(self, channel: StreamChannel, label: str, work: Callable[[], T]) -> None:
         self._channel, self._label, self._work = channel, label, work
-        self._issued = time.perf_counter()
+        self._issued, self._record = time.perf_counter(), channel._record
         self._results: list[T] = []
         self._error: BaseException | None = None
         self._event = torch.cuda.Event(enable_timing=channel._record is not None)  # type: ignore[no-untyped-call]
@@ -168,10 +185,10 @@ class _Launched(Generic[T]):
         waited, channel = time.perf_counter(), self._channel
         torch.cuda.current_stream(channel._device).wait_event(self._event)
         del self._work
-        if channel._record is not None:  # a trace needs the time on the device, and pays for it by waiting
+        if self._record is not None:  # a trace needs the time on the device, and pays for it by waiting
             self._event.synchronize()
             finished = channel._zero_time + channel._zero.elapsed_time(self._event) / 1000
-            channel._record(self._label, self._issued, waited, finished, time.perf_counter())
+            self._record(self._label, self._issued, waited, finished, time.perf_counter())
         if self._error is not None:
             raise self._error
         return self._results.pop()
@@ -191,6 +208,10 @@ class DelayedChannel:
             return work()
 
         return self._channel.start(label, later)
+
+    def listen(self, record: Record | None) -> None:
+        """Passed on."""
+        self._channel.listen(record)
 
     def close(self) -> None:
         """Close the channel inside."""

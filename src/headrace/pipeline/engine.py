@@ -92,13 +92,12 @@ class Engine:
         device: torch.device,
         whole: Whole,
         watch: Watch | None = None,
-        trace: bool = False,
     ) -> None:
         self.mesh, self.device, self.config = mesh, device, config.model
-        self._parallel, self._microbatch = config.parallel, config.parallel.microbatch
+        self._microbatch = config.parallel.microbatch
         self._name, self._reason = schedule_of(config)
         self._microbatches = microbatches_of(config)
-        self.trace = Trace(mesh.pipeline_rank, device) if trace else None
+        self.trace = Trace(mesh.pipeline_rank, device)
         self.groups = Groups(mesh, timedelta(minutes=10))
         self._dtype = numerics.dtype
         dispatcher = make_dispatcher(mesh, self.groups, numerics.linear, config.parallel)
@@ -112,10 +111,9 @@ class Engine:
         open_transfers(self.groups, mesh, [schedule])
         self.store = self.model.store
         self.reduction = GradientReduction(self._held(schedule), mesh, self.groups, self.store, whole, device)
-        record = self.trace.collective if self.trace else None
-        self._channel: Channel = InlineChannel(record)
+        self._channel: Channel = InlineChannel()
         if mesh.expert > 1:
-            self._channel = StreamChannel(device, record) if device.type == "cuda" else ThreadChannel(record)
+            self._channel = StreamChannel(device) if device.type == "cuda" else ThreadChannel()
         self._around = Surroundings(self._channel, self.store, self.trace)
         self.watch: Watch = watch or Unwatched()
         self._executors: dict[torch.Size, Executor] = {}
@@ -190,14 +188,18 @@ class Engine:
 
     def begin_timeline(self) -> None:
         """Record the next step from a moment that all ranks share."""
-        assert self.trace is not None
+        self._channel.listen(self.trace.collective)
         if self.mesh.world > 1:
             distributed.barrier()
         self.trace.begin()
 
     def timeline(self) -> dict[str, Any]:
-        """The step since `begin_timeline` on all pipeline ranks, measured and planned (`measured.timeline`)."""
-        assert self.trace is not None
+        """The step since `begin_timeline` on all pipeline ranks, measured and planned (`measured.timeline`).
+
+        Nothing more is recorded afterwards: a trace that nobody reads would grow with every step.
+        """
+        self._channel.listen(None)
+        self.trace.end()
         spans = [asdict(span) for span in self.trace.spans() if span.lane != PIECES]
         said = exchange(spans, self.mesh, self.device)
         ours = [Span(**span) for rank in range(self.mesh.pipeline) for span in said[self.mesh.at(rank, 0)]]
@@ -230,13 +232,13 @@ class Engine:
             self.reduction.start(stage)
 
     def _run(self, plan: Plan, size: int, length: int) -> Results:
-        return self._executor(torch.Size((size, length, self.config.hidden_size))).run(plan)
-
-    def _executor(self, shape: torch.Size) -> Executor:
-        if shape not in self._executors:
-            transfers = Transfers(self.groups, self.mesh, shape, self._dtype, self.device)
-            self._executors[shape] = Executor(self.mesh.pipeline_rank, self.stages, self._around, transfers, self.watch)
-        return self._executors[shape]
+        shape = torch.Size((size, length, self.config.hidden_size))
+        if shape in self._executors:
+            return self._executors[shape].run(plan)
+        transfers = Transfers(self.groups, self.mesh, shape, self._dtype, self.device)
+        self._executors[shape] = Executor(self.mesh.pipeline_rank, self.stages, self._around, transfers, self.watch)
+        with self.watch.patiently(plan.label):  # kernels are compiled for a shape when they first see it
+            return self._executors[shape].run(plan)
 
     def _measured(self, rows_RL: Tensor, score: bool, label: str) -> tuple[Results, list[int | None]]:
         """A forward of all rows, shared out among the data ranks; the part of the rows that each microbatch is.

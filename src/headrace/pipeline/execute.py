@@ -109,7 +109,7 @@ class _Execution:
         inputs = [self._input(part) for part in action.computations]
         self._doing(str(action))
         trace = self._around.trace
-        begun = trace.now() if trace else None
+        begun = trace.now() if trace and trace.on else None
         if action.kind is Kind.OVERLAP_F_B:
             (forward, backward), (hidden, gradient) = action.parts, inputs
             ahead = self._forward(forward, hidden)  # first: both passes are live at once

@@ -74,7 +74,7 @@ class Surroundings:
 
     def compute(self, label: str, work: Callable[[], T]) -> T:
         """Run `work`, a piece of computation."""
-        return work() if self.trace is None else self.trace.compute(label, work)
+        return self.trace.compute(label, work) if self.trace and self.trace.on else work()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What a rank really did: spans of actions, of their pieces of computation, and of collectives from issue to wait.
 
 On a CPU times are the host's. On a GPU computation is timed by events on the device, so tracing costs no
-synchronisation until the spans are read. Times are seconds since `begin`, which all ranks call together.
+synchronisation until the spans are read. Times are seconds since `begin`, which all ranks call together. Nothing is
+recorded, and no memory grows, before `begin` and after `end`.
 """
 
 import time
@@ -25,13 +26,18 @@ class Trace:
         self._rank, self._cuda = rank, device.type == "cuda"
         self._spans: list[tuple[str, str, Mark, Mark]] = []
         self._collectives: list[tuple[str, float, float, float, float]] = []
-        self.begin()
+        self.on = False
 
     def begin(self) -> None:
-        """Forget what was recorded; time starts now."""
+        """Forget what was recorded and record from now on; time starts now."""
+        self.on = True
         self._spans.clear()
         self._collectives.clear()
         self._host, self._zero = time.perf_counter(), self.now()
+
+    def end(self) -> None:
+        """Record no more; what was recorded stays until the next `begin`."""
+        self.on = False
 
     def now(self) -> Mark:
         """This moment: in the host's time, or on the current CUDA stream."""

@@ -47,4 +47,4 @@ def build_engine(config: Config, device: torch.device, rank: int = 0, watch: Wat
     """The engine of `config` on this rank, its weights drawn from `seed.init`."""
     numerics = Numerics.resolve(config.precision, device)
     mesh = Mesh.of(config.parallel, rank)
-    return Engine(config, numerics, mesh, device, partial(stays_whole, config.recipe.optimizer), watch, trace=True)
+    return Engine(config, numerics, mesh, device, partial(stays_whole, config.recipe.optimizer), watch)
