@@ -244,6 +244,22 @@ def test_packed_rows_are_codes_then_scales_and_come_back_to_the_bit(compute, wid
     assert torch.equal(taken.operand_SI, ours.rows(x[order], "dispatched").operand_SI)
 
 
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("width", [1, 129, 256])
+def test_gradients_sent_to_experts_are_rounded_once_and_multiplied_as_if_they_had_not_been_sent(compute, width):
+    ours = gemms(compute)
+    dy = (torch.randn(400, width) * torch.logspace(-9, 3, 400)[:, None]).to(ours.dtype)
+    dy[7] = 0
+    sent = ours.pack_gradient(dy)
+    assert (sent.dtype, sent.shape) == (torch.uint8, (400, width + 4 * -(-width // 128)))
+    arrived = ours.unpack_gradient(sent)
+    assert torch.equal(arrived.double(), torch.as_tensor(rounded(dy, (1, 128), power_of_two=True)))
+    assert torch.equal(ours.gradient(arrived, "swiglu")[0], ours.gradient(dy, "swiglu")[0])
+    assert torch.equal(ours.unpack_gradient(ours.pack_gradient(arrived)), arrived)
+    whole = gemms(compute, dispatched_gradients="compute")
+    assert torch.equal(whole.unpack_gradient(whole.pack_gradient(dy)), dy)
+
+
 def test_rows_that_share_a_scale_cannot_be_sent():
     ours = gemms(activation_tile="tensor")
     with pytest.raises(UserError, match=r"activation_tile=tensor.*1x128"):

@@ -96,3 +96,5 @@ def test_packed_rows_are_the_emulations_bytes_and_come_back_to_the_bit(width):
         assert torch.equal(ours.codes.view(torch.uint8), theirs.codes.view(torch.uint8))
         assert torch.equal(ours.scales, theirs.scales)
     assert ours.scales.stride() == theirs.scales.stride()
+    assert torch.equal(kernel.pack_gradient(x), reference.pack_gradient(x))
+    assert torch.equal(kernel.unpack_gradient(packed), reference.unpack_gradient(packed))

@@ -205,30 +205,31 @@ def test_a_token_is_sent_once_to_each_of_its_nodes_and_ranks_and_none_is_dropped
 
 
 def bf16_then_quantised(rank, world):
-    """Whether rows sent as FP8 are the bytes of rows sent as BF16 and quantised."""
+    """Whether rows and gradients sent as FP8 are the bytes of those sent as BF16 and quantised."""
     mesh, config, fp8 = Mesh(1, world, world, 1, rank), model_config(), numerics_of("fp8 bf16").linear
     plain = PlainGemms("bf16")
     plain.row_multiple = fp8.row_multiple
-    tokens, x, _, experts, weights = group_data(world, "usual", torch.bfloat16, config)
+    tokens, x, dy, experts, weights = group_data(world, "usual", torch.bfloat16, config)
     here = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
     routing = Routing(
         experts[here], weights[here], torch.empty(0), torch.bincount(experts[here].flatten(), minlength=EXPERTS)
     )
-    arrived = [
-        make_dispatcher(mesh, Groups(mesh, timedelta(seconds=30)), gemms, PARALLEL).send(x[here], routing)
-        for gemms in (fp8, plain)
-    ]
+    dispatchers = [make_dispatcher(mesh, Groups(mesh, timedelta(seconds=30)), g, PARALLEL) for g in (fp8, plain)]
+    arrived = [dispatcher.send(x[here], routing) for dispatcher in dispatchers]
+    gradients = [d.send_gradient(dy[here], rows) for d, rows in zip(dispatchers, arrived, strict=True)]
+    assert not torch.equal(*gradients)
+    operands = [fp8.gradient(gradient, "swiglu")[0] for gradient in gradients]
     used = arrived[0].weights_S > 0
     sent, after = arrived[0].operand.quantised, quantise(arrived[1].operand, ROW_TILE, power_of_two=True)
-    pairs = [(sent.codes.view(torch.uint8), after.codes.view(torch.uint8)), (sent.scales, after.scales)]
+    pairs = [(sent.codes.view(torch.uint8), after.codes.view(torch.uint8)), (sent.scales, after.scales), operands]
     assert torch.equal(arrived[0].weights_S, arrived[1].weights_S)
     return [int(used.sum()), *(bool(torch.equal(a[used], b[used])) for a, b in pairs)]
 
 
 def test_fp8_payload_equals_quantising_after_a_bf16_dispatch(ranks):
     results = [result for _, result in ranks]
-    assert sum(rows for rows, _, _ in results) == 3 * sum(13 + 4 * rank for rank in range(len(ranks)))
-    assert all(codes and scales for _, codes, scales in results)
+    assert sum(rows for rows, *_ in results) == 3 * sum(13 + 4 * rank for rank in range(len(ranks)))
+    assert all(codes and scales and gradients for _, codes, scales, gradients in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -30,7 +30,7 @@ SMALL = (
     "experiment=tiny", "tracking=disabled", "corpus=files", "corpus.validation_fraction=0.2",
     "corpus.heldout_fraction=0.2", "tokenizer.vocab_size=300", "recipe.sequence_length=16", "recipe.batch_sequences=2",
     "recipe.tokens=6400", f"study.tokens={32 * STEPS}", "study.ablations=[]", "precision@study.candidate=fp32",
-    "train.validate_every=10", "train.validation_rows=2", "checkpoint.every_steps=3", "launch.threads=1",
+    "train.validate_every=10", "train.validation_rows=2", "checkpoint.interval=3", "launch.threads=1",
     "launch.device=cpu",
 )  # fmt: skip
 

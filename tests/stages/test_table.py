@@ -56,7 +56,7 @@ def test_a_changed_value_changes_its_stage_and_what_follows(word: str, first: st
 @pytest.mark.parametrize(
     "word",
     ["tracking=disabled", "tracking.log_level=debug", "launch.threads=1", "launch.device=cpu", "parallel.microbatch=2",
-     "checkpoint.every_steps=7", "paths.results=/elsewhere"],
+     "checkpoint.interval=7", "paths.results=/elsewhere"],
 )  # fmt: skip
 def test_the_machine_changes_nothing(word: str) -> None:
     assert changed(word) == set()

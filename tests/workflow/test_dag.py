@@ -39,7 +39,7 @@ def test_everything_is_there_and_a_second_run_does_nothing(tiny: Project) -> Non
         ("tracking.log_every=3 tracking.log_level=debug", []),
         ("launch.threads=1 launch.minutes=30", []),
         ("parallel.microbatch=2", []),
-        ("checkpoint.every_steps=7", []),
+        ("checkpoint.interval=7", []),
     ],
 )
 def test_a_changed_setting_reruns_what_depends_on_it(tiny: Project, settings: str, rerun: list[str]) -> None:

@@ -17,7 +17,7 @@ from project import STAGES, Project, copy_of
 pytestmark = pytest.mark.workflow
 
 T = TypeVar("T")
-OFTEN = "checkpoint.every_steps=5"
+OFTEN = "checkpoint.interval=5"
 
 
 def stage_process(parent: subprocess.Popen[str], stage: str) -> psutil.Process | None:

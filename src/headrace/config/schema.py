@@ -36,6 +36,7 @@ TokenSpan = Annotated[int | str, AfterValidator(_check_span)]
 
 
 ScaleFormat = Literal["fp32", "power_of_two"]
+Schedules = Literal["auto", "1f1b", "interleaved_1f1b", "zb1p", "zb_v", "dualpipe", "dualpipe_v"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Fp8Config:
     weight_tile: Literal["128x128", "tensor"]
     scales: ScaleFormat  # of activations, gradients and weights where nothing else is said
     dispatched_scales: ScaleFormat  # of what is sent to experts, and of gradients before their down projection
+    dispatched_gradients: Literal["e4m3", "compute"]  # gradients on their way to experts
     transposed_scales: ScaleFormat  # of 128x1 tiles made from cached 1x128 ones
     attention_output_cache: Literal["e5m6", "e4m3", "bf16"]  # kept input of the projection after attention
     swiglu_input_cache: Literal["e4m3", "bf16"]  # gate and up projection, kept for the backward pass
@@ -230,17 +232,54 @@ class MtpConfig:
 
 
 @dataclass(frozen=True)
+class BatchRampConfig:
+    """Growth of the batch at the run's beginning (report, section 4.2, which does not publish its shape)."""
+
+    __pydantic_config__ = _CLOSED
+    from_sequences: Positive  # sequences of the first step
+    tokens: TokenSpan  # tokens over which the batch grows to recipe.batch_sequences
+    shape: Literal["linear", "exponential"]  # in tokens seen
+    multiple: Positive  # every batch of the ramp is a multiple of it, so that it divides over the layout
+
+
+@dataclass(frozen=True)
+class ExtensionConfig:
+    """One phase of context extension after the budget is used up (report, section 4.3)."""
+
+    __pydantic_config__ = _CLOSED
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    steps: Positive
+    sequence_length: Positive
+    batch_sequences: Positive
+    learning_rate: PositiveFloat  # constant
+    rope_scaling: RopeScaling  # of the model from this phase on
+
+
+@dataclass(frozen=True)
 class RecipeConfig:
     """Everything that changes with tokens seen."""
 
     __pydantic_config__ = _CLOSED
-    tokens: Positive  # the run's budget
+    tokens: Positive  # the run's budget, context extension not counted
     sequence_length: Positive
-    batch_sequences: Positive  # sequences per optimizer step
+    batch_sequences: Positive  # sequences per optimizer step, after the ramp
+    batch_ramp: BatchRampConfig | None  # null: the same batch from the first step on
+    extensions: tuple[ExtensionConfig, ...]  # phases of context extension, in order
+    ema_decay: Share | None  # of the moving average of the weights, per step; null keeps none
     optimizer: OptimizerConfig
     learning_rate: LearningRateConfig
     balance: BalanceConfig
     mtp: MtpConfig
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """A loss far above the recent ones, and what is done about it."""
+
+    __pydantic_config__ = _CLOSED
+    policy: Literal["go_on", "skip", "rollback"]
+    factor: Annotated[float, Field(gt=1)]  # a spike is a loss above so many times the mean of the last `window`
+    window: Positive  # steps; none is a spike before so many
 
 
 @dataclass(frozen=True)
@@ -251,6 +290,8 @@ class TrainConfig:
     from_: Annotated[str | None, Field(alias="from", pattern=r"^[0-9a-f]{12}@[0-9]+$")]  # <pretrain fingerprint>@<step>
     validate_every: Positive  # steps between two measurements of the validation loss
     validation_rows: Positive
+    rollback_after: Positive  # steps in a row without a finite loss and gradient, none of them applied
+    loss_spike: SpikeConfig
 
 
 @dataclass(frozen=True)
@@ -261,6 +302,7 @@ class ConvertConfig:
     dtype: Literal["fp8", "bf16", "fp32"]
     unaligned: Literal["deepseek", "bf16"]  # dtype=fp8: matrices that are no multiples of 128
     step: Positive | None  # which kept checkpoint; null takes the last
+    weights: Literal["final", "ema"]  # the weights, or their moving average (recipe.ema_decay)
     max_shard_bytes: Positive
 
 
@@ -305,6 +347,20 @@ class PublishConfig:
 
 
 @dataclass(frozen=True)
+class PhaseLayoutConfig:
+    """What is different in one phase of the recipe; null is as elsewhere. World stays pipeline x data."""
+
+    __pydantic_config__ = _CLOSED
+    phase: str  # ramp, main, or the name of a context extension
+    pipeline: Positive | None
+    expert: Positive | None
+    data: Positive | None
+    schedule: Schedules | None
+    layers: tuple[Count, ...] | None
+    microbatch: Positive | None
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """The layout: world = pipeline x data. Never hashed: it does not change what is computed."""
 
@@ -313,10 +369,11 @@ class ParallelConfig:
     expert: Positive
     data: Positive
     node_size: Positive  # ranks of one node, between which sending is cheap
-    schedule: Literal["auto", "1f1b", "interleaved_1f1b", "zb1p", "zb_v", "dualpipe", "dualpipe_v"]
+    schedule: Schedules
     layers: tuple[Count, ...] | None  # layers of each pipeline stage; null splits evenly
     dispatch: Literal["all_to_all", "deepep"]  # how tokens travel to experts on other ranks
     microbatch: Positive | None  # sequences per forward pass; null takes a rank's whole share of the step's batch
+    phases: tuple[PhaseLayoutConfig, ...]  # phases of the recipe that are laid out differently
 
 
 @dataclass(frozen=True)
@@ -329,6 +386,8 @@ class LaunchConfig:
     start: Literal["local", "srun", "torchrun"]  # how the ranks of a layout with more than one are started
     hang_seconds: PositiveFloat  # a rank without a sign of life for so long ends the run
     minutes: PositiveFloat | None  # time budget of one job; the stage saves and exits 75 before it ends
+    verify_every: Count  # steps between two searches for silent corruption of weights and moments; 0 never searches
+    recompute_every: Count  # one random step in so many is computed twice and compared; 0 never
     rerun: Literal["loop", "slurm"]  # what exit 75 leads to: run again at once, or `scontrol requeue`
 
 
@@ -337,7 +396,10 @@ class CheckpointConfig:
     """When training state is saved and what is kept."""
 
     __pydantic_config__ = _CLOSED
-    every_steps: Positive
+    interval: Positive | Literal["auto"]  # steps between two saves; auto: from measured times and `faults_per_day`
+    faults_per_day: PositiveFloat  # of one machine, for interval=auto
+    asynchronous: bool  # training goes on while a copy of its state is written
+    accept_other: bool  # go on from a checkpoint of another configuration, data or stage version
     keep: Positive  # the newest so many
     keep_every: Positive | None  # and each step that this divides, for good
 

@@ -79,6 +79,14 @@ class ReferenceGemms:
         quantised = Quantised(*unpack_rows(packed_SB), (1, TILE))
         return Rows(quantised, quantised.dequantise(self.dtype))
 
+    def pack_gradient(self, dy_SO: Tensor) -> Tensor:
+        """E4M3 in 1x128 tiles, or the gradient itself."""
+        return pack_gradient(dy_SO, self.config)
+
+    def unpack_gradient(self, packed_SB: Tensor) -> Tensor:
+        """[S, O] in the compute dtype."""
+        return unpack_gradient(packed_SB, self.config, self.dtype)
+
     def keep(self, x_SI: Tensor, rows: Rows, role: Role) -> tuple[Tensor, ...]:
         """E4M3 in 1x128 tiles; after attention what `attention_output_cache` says."""
         cache = self.config.attention_output_cache if role == "attention" else "e4m3"
@@ -178,6 +186,30 @@ def unpack_rows(packed_SB: Tensor) -> tuple[Tensor, Tensor]:
     width = packed_SB.shape[1] - 4 * tiles
     codes, scales = (part.clone(memory_format=torch.contiguous_format) for part in packed_SB.tensor_split([width], 1))
     return codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
+
+
+def pack_gradient(dy_SO: Tensor, config: Fp8Config) -> Tensor:
+    """Gradients on their way to experts as `dispatched_gradients` says, as bytes (report, section 3.3.3).
+
+    With power-of-two scales the experts' own quantisation of what arrives, `Gemms.gradient`, gives the same rows as of
+    what was sent: a tile's largest value cannot grow, and values that a scale can express a smaller one can as well.
+    """
+    if not _gradients_travel_in_fp8(config):
+        return dy_SO.contiguous().view(torch.uint8)
+    quantised = quantise(dy_SO.contiguous(), (1, TILE), config.dispatched_scales == "power_of_two")
+    return pack_rows(quantised.codes, quantised.scales)
+
+
+def unpack_gradient(packed_SB: Tensor, config: Fp8Config, dtype: torch.dtype) -> Tensor:
+    """What `pack_gradient` packed, [S, O]."""
+    if not _gradients_travel_in_fp8(config):
+        return packed_SB.view(dtype)
+    return Quantised(*unpack_rows(packed_SB), (1, TILE)).dequantise(dtype)
+
+
+def _gradients_travel_in_fp8(config: Fp8Config) -> bool:
+    """An ablation of the gradients' tiles is one of all their roundings."""
+    return config.dispatched_gradients == "e4m3" and config.gradient_tile == "1x128"
 
 
 def _whole(x: Tensor) -> tuple[int, int]:

@@ -80,6 +80,14 @@ class Gemms(Protocol):
         """The operand that was packed, to the bit; rows may have been taken in another order or from other packs."""
         ...
 
+    def pack_gradient(self, dy_SO: Tensor) -> Tensor:
+        """Gradients of experts' outputs as bytes [S, B] (uint8), each row by itself, to be sent to experts."""
+        ...
+
+    def unpack_gradient(self, packed_SB: Tensor) -> Tensor:
+        """The gradients that were packed, in the compute dtype; in FP8 rounded once."""
+        ...
+
     def keep(self, x_SI: Tensor, rows: Any, role: Role) -> tuple[Tensor, ...]:
         """What the backward pass keeps of an input for `columns`."""
         ...
@@ -143,6 +151,12 @@ class PlainGemms:
 
     def unpack(self, packed_SB: Tensor) -> Tensor:
         return packed_SB.view(self.dtype)
+
+    def pack_gradient(self, dy_SO: Tensor) -> Tensor:
+        return self.pack(dy_SO)
+
+    def unpack_gradient(self, packed_SB: Tensor) -> Tensor:
+        return self.unpack(packed_SB)
 
     def keep(self, x_SI: Tensor, rows: Tensor, role: Role) -> tuple[Tensor, ...]:
         return (rows,)

@@ -22,7 +22,7 @@ from torch.nn import functional
 import headrace_fp8_quantisation as quantisation
 from headrace.config.schema import Fp8Config
 from headrace.fp8 import libraries
-from headrace.fp8.emulated import pack_rows, unpack_rows
+from headrace.fp8.emulated import pack_gradient, pack_rows, unpack_gradient, unpack_rows
 from headrace.fp8.gemms import Compute, Group, Role, dtype_of, stacked
 from headrace.fp8.quantise import Quantised, QuantisedE5M6, quantise_e5m6
 
@@ -71,6 +71,14 @@ class KernelGemms:
         """The inverse of `pack`; padding between rows or columns is left to `take`."""
         codes, scales = unpack_rows(packed_SB)
         return Codes(codes, scales.t().contiguous().t())
+
+    def pack_gradient(self, dy_SO: Tensor) -> Tensor:
+        """E4M3 in 1x128 tiles, or the gradient itself."""
+        return pack_gradient(dy_SO, self.config)
+
+    def unpack_gradient(self, packed_SB: Tensor) -> Tensor:
+        """[S, O] in the compute dtype."""
+        return unpack_gradient(packed_SB, self.config, self.dtype)
 
     def keep(self, x_SI: Tensor, rows: Codes, role: Role) -> tuple[Tensor, ...]:
         """E4M3 in 1x128 tiles; after attention what `attention_output_cache` says."""

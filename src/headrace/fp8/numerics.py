@@ -102,6 +102,7 @@ def _fp8_rows(fp8: Fp8Config, plain: str) -> list[tuple[str, str]]:
             "  sent to experts; gradient before the down projection",
             f"1x128, {scale[fp8.dispatched_scales]} scales",
         ),
+        ("  gradients sent to experts", {"e4m3": "E4M3, 1x128", "compute": plain}[fp8.dispatched_gradients]),
         ("kept inputs of linear layers", "E4M3, 1x128"),
         ("kept input of the projection after attention", fp8.attention_output_cache.upper()),
         ("kept inputs of SwiGLU", fp8.swiglu_input_cache.upper()),

@@ -14,7 +14,8 @@ None of them is differentiated, so that a pipeline can run them beside computati
 `as_tokens` tie them into autograd for whoever wants a layer in one piece.
 
 Tokens are brought into the form that the experts' GEMMs want (`Gemms.rows`) before they are sent, each once: in FP8
-that is half the bytes on the way (report, section 3.3.2). Gradients travel in the compute dtype.
+that is half the bytes on the way (report, section 3.3.2). Gradients on their way to experts (`Gemms.pack_gradient`)
+are in FP8 too; sums, and gradients on their way back, travel in the compute dtype (section 3.3.3).
 
 Each expert's rows are filled up to a multiple of `Gemms.row_multiple` with rows of weight 0, which add nothing to
 results or gradients: tiles of 128 rows must not mix experts, and in BF16 every new shape costs time.
@@ -105,7 +106,8 @@ class LocalDispatcher:
     @torch.no_grad()
     def send_gradient(self, dy_ND: Tensor, received: Received) -> Tensor:
         """[S, D]; 0 in rows that only fill up, which must not raise the scale of a tile of columns."""
-        return copy_to_rows(dy_ND, received.way)
+        travelled_ND = self._gemms.unpack_gradient(self._gemms.pack_gradient(dy_ND))  # what another rank would get
+        return copy_to_rows(travelled_ND, received.way)
 
     @torch.no_grad()
     def collect_gradient(self, drows_SD: Tensor, dweights_S: Tensor, received: Received) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ A hop is one all-to-all of counts and one of payload, all as bytes:
 
     the token as its experts' GEMMs want it (`Gemms.pack`) | expert ids int16 | routing weights | home rank int16
 
-In FP8 the row is quantised before it travels, the same bytes as quantised afterwards. Gradients and results travel in
-the compute dtype (BF16 in the report's system); each sum accumulates in FP32, in a fixed order. No token is dropped.
+In FP8 the row is quantised before it travels, the same bytes as quantised afterwards; so is a gradient on its way to
+experts (`Gemms.pack_gradient`). What is summed travels in the compute dtype (BF16 in the report's system); each sum
+accumulates in FP32, in a fixed order. No token is dropped.
 
 On the experts' rank rows are sorted by expert, then by home rank, then by token: the order that one process would give
 them if it held the whole group's tokens. So experts multiply the same matrices under any layout and node size.
@@ -144,10 +145,10 @@ class ExpertParallelDispatcher:
     def send_gradient(self, dy_ND: Tensor, received: Received) -> Tensor:
         """[S, D], on the way that the tokens took; 0 in rows that only fill up."""
         journey: Journey = received.way
-        values = dy_ND
+        packed = self._gemms.pack_gradient(dy_ND)
         for link, crossing in zip(self._links, journey.crossings, strict=True):
-            values = _exchange(link, values[crossing.token_of_row_R], crossing.sent, crossing.arrived)
-        return copy_to_rows(values, journey.way)
+            packed = _exchange(link, packed[crossing.token_of_row_R], crossing.sent, crossing.arrived)
+        return copy_to_rows(self._gemms.unpack_gradient(packed), journey.way)
 
     @torch.no_grad()
     def collect_gradient(self, drows_SD: Tensor, dweights_S: Tensor, received: Received) -> tuple[Tensor, Tensor]:
