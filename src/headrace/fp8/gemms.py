@@ -22,6 +22,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from headrace.fp8.products import add_mm, mm
+
 Compute = Literal["fp32", "bf16", "fp64"]  # fp64 is for tests; no configuration offers it
 Group = tuple[int, int, int]
 Role = Literal["hidden", "latent", "attention", "dispatched", "swiglu"]
@@ -198,9 +200,9 @@ def multiply_rows(x_SI: Tensor, weight_EOI: Tensor, groups: Sequence[Group], add
     y_SO = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1]) if add_to is None else add_to
     for group, start, end in groups:
         if add_to is None:
-            torch.mm(x_SI[start:end], weight_EOI[group].T, out=y_SO[start:end])
+            mm(x_SI[start:end], weight_EOI[group].T, out=y_SO[start:end])
         else:
-            y_SO[start:end].addmm_(x_SI[start:end], weight_EOI[group].T)
+            add_mm(y_SO[start:end], x_SI[start:end], weight_EOI[group].T)
     return y_SO
 
 
@@ -216,10 +218,7 @@ def add_product(gradient: Tensor, fresh: bool, left_SO: Tensor, right_SI: Tensor
         else:
             gradient.addmm_(left_SO.T, right_SI)
         return
-    if left_SO.is_cuda:
-        product = torch.mm(left_SO.T, right_SI, out_dtype=torch.float32)
-    else:
-        product = torch.mm(left_SO.T, right_SI)
+    product = torch.mm(left_SO.T, right_SI, out_dtype=torch.float32) if left_SO.is_cuda else mm(left_SO.T, right_SI)
     if fresh:
         gradient.copy_(product)
     else:

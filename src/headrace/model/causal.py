@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from headrace.fp8.gemms import wide
+from headrace.fp8.products import bmm
 
 _BLOCK = 128  # queries per block
 _KEEP = 1024  # tokens
@@ -79,7 +80,7 @@ class _Forgotten:
 
 def _probabilities(q_GQD: Tensor, k_GKD: Tensor) -> Tensor:
     """Softmax over the keys [G, Q, K]; the last Q keys are at the queries' own positions."""
-    scores = torch.bmm(q_GQD, k_GKD.transpose(1, 2))
+    scores = bmm(q_GQD, k_GKD.transpose(1, 2))
     queries = q_GQD.shape[1]
     future = torch.full((queries, queries), float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
     scores[..., -queries:] += future
@@ -96,7 +97,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         for start in range(0, tokens, _BLOCK):
             end = min(start + _BLOCK, tokens)
             probabilities = _probabilities(q[:, start:end], k[:, :end])
-            block = torch.bmm(probabilities, v[:, :end])
+            block = bmm(probabilities, v[:, :end])
             out[:, start:end] = block.view(batch, heads, end - start, -1).transpose(1, 2)
             if tokens <= _KEEP:
                 kept.append(probabilities)
@@ -114,10 +115,10 @@ class _BlockwiseAttention(torch.autograd.Function):
             end = min(start + _BLOCK, tokens)
             probabilities = kept[index] if kept else _probabilities(q[:, start:end], k[:, :end])
             block = dout[:, start:end].transpose(1, 2).reshape(batch * heads, end - start, width)
-            dv[:, :end] += torch.bmm(probabilities.transpose(1, 2), block)
-            dprobabilities = torch.bmm(block, v[:, :end].transpose(1, 2))
+            dv[:, :end] += bmm(probabilities.transpose(1, 2), block)
+            dprobabilities = bmm(block, v[:, :end].transpose(1, 2))
             dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, q.dtype)
-            torch.bmm(dscores, k[:, :end], out=dq[:, start:end])
-            dk[:, :end] += torch.bmm(dscores.transpose(1, 2), q[:, start:end])
+            bmm(dscores, k[:, :end], out=dq[:, start:end])
+            dk[:, :end] += bmm(dscores.transpose(1, 2), q[:, start:end])
         shape = (batch, heads, tokens, -1)
         return dq.view(shape), dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape)

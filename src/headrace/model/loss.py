@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from headrace.fp8.gemms import wide
 from headrace.fp8.linear import Linear, one_group, put_weight_gradient
+from headrace.fp8.products import mm
 
 _ROWS = 64  # rows turned at a time on the CPU
 _CHUNK = 1024  # tokens whose logits exist at a time without gradients
@@ -44,7 +45,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: nn.Parameter, head: Linear, targets: Tensor) -> Tensor:
         computed = head.computed()
-        buffer = functional.linear(hidden, computed)
+        buffer = mm(hidden, computed.T)
         tokens = buffer.shape[0]
         losses = buffer.new_empty(tokens, dtype=wide(buffer.dtype))
         step = _ROWS if buffer.device.type == "cpu" else _CHUNK
@@ -64,7 +65,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None]:
         hidden, computed, dlogits = ctx.saved_tensors
-        dhidden = torch.mm(dlogits, computed) * dloss
+        dhidden = mm(dlogits, computed) * dloss
         scaled = hidden * dloss.to(hidden.dtype)
         put_weight_gradient(ctx.head, dlogits, lambda: scaled, one_group(hidden))
         return dhidden.to(hidden.dtype), None, None, None

@@ -23,6 +23,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from headrace.fp8.products import baddbmm, bmm
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 _TINY = 1e-7  # keeps an all-zero momentum at zero; an idle expert goes on along its old momentum while that lasts
@@ -36,9 +38,9 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.to(dtype) * (1 / (norm + _TINY)).to(dtype)
     wide = x.shape[-2] <= x.shape[-1]
     for _ in range(ITERATIONS):
-        gram = torch.bmm(x, x.mT) if wide else torch.bmm(x.mT, x)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a) if wide else torch.baddbmm(x, x, polynomial, beta=a)
+        gram = bmm(x, x.mT) if wide else bmm(x.mT, x)
+        polynomial = baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = baddbmm(x, polynomial, x, beta=a) if wide else baddbmm(x, x, polynomial, beta=a)
     return x.reshape(matrices.shape)
 
 
