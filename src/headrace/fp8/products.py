@@ -37,7 +37,7 @@ def add_mm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.addmm_(a, b)
 
 
-def baddbmm(total: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float) -> Tensor:
+def baddbmm(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
     """beta * total + alpha * (a times b), [G, M, N]; rounded once."""
     if _widen(a):
         return torch.baddbmm(total.float(), a.float(), b.float(), beta=beta, alpha=alpha).to(a.dtype)
