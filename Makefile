@@ -5,7 +5,7 @@ SNAKEMAKE := $(BIN)/snakemake
 # Kernels are also compiled with the newest Triton, ahead of the one that torch names (tests/kernels).
 NEWEST_TRITON := 3.9.0
 
-.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-pipeline bench-gpu bench-overhead bench-seeds
+.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-pipeline bench-checkpoint bench-gpu bench-overhead bench-seeds
 
 run: setup
 	$(SNAKEMAKE)
@@ -27,6 +27,13 @@ test-fast: setup
 
 test-faults: setup
 	$(BIN)/pytest -m faults
+
+.PHONY: test-faults-full soak
+test-faults-full: setup
+	$(BIN)/python tests/faults/full.py
+
+soak: setup
+	$(BIN)/python benchmarks/soak.py
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -57,6 +64,9 @@ bench-dispatch: setup
 
 bench-pipeline: setup
 	$(BIN)/python benchmarks/pipeline.py
+
+bench-checkpoint: setup
+	$(BIN)/python benchmarks/checkpoint.py
 
 bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py

@@ -1,6 +1,7 @@
 """Small models for the conversion tests, built by transformers: weights, configuration and logits are its own."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -16,8 +17,11 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from headrace.config.compose import load
-from headrace.config.schema import ModelConfig, RopeScaling
+from headrace.config.recipe import RopeScaling
+from headrace.config.schema import ModelConfig
 from headrace.model.transformer import Transformer
+from headrace.parallel.shards import Piece, pieces_of
+from saved import save
 
 YARN = RopeScaling("yarn", 8.0, 32.0, 1.0, 1.0, 1.0, 32)
 SPECIAL = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"]
@@ -119,6 +123,28 @@ def checkpoint_of(model: DeepseekV3ForCausalLM, config: ModelConfig, path: Path)
             tensors[prefix + name.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")] = tensor
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
     return tensors
+
+
+def sliced(folder: Path, **kinds: Mapping[str, Tensor]) -> Path:
+    """A checkpoint with the tensors of each kind as three ranks write it, cut where no tensor has a boundary."""
+    pieces = [{kind: [_third(p, rank) for p in pieces_of(t.items())] for kind, t in kinds.items()} for rank in range(3)]
+    return save(folder, 7, *pieces)
+
+
+def part_of(checkpoint: Path, folder: Path, *kinds: str) -> Path:
+    """The table of a checkpoint and the files of some kinds, as the pretrain artifact holds them."""
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        if path.name == "slices.json" or path.name.partition("-")[0] in kinds:
+            (folder / path.name).hardlink_to(path)
+    return folder
+
+
+def _third(piece: Piece, rank: int) -> Piece:
+    flat = piece.tensor.reshape(-1)
+    cuts = [0, len(flat) // 5, len(flat) * 3 // 4 - 1 if len(flat) > 9 else len(flat), len(flat)]
+    begin, end = cuts[rank : rank + 2]
+    return Piece(piece.name, flat[begin:end], piece.shape, begin)
 
 
 def tokenizer_folder(path: Path, vocab: int = 290) -> Path:

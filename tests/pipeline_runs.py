@@ -9,7 +9,6 @@ from headrace.fp8.numerics import Numerics
 from headrace.model.dispatch import LocalDispatcher
 from headrace.model.initialisation import initialise, initialise_parameters
 from headrace.model.transformer import Transformer
-from headrace.parallel.assembly import gather
 from headrace.parallel.channel import InlineChannel
 from headrace.parallel.mesh import Mesh
 from headrace.parallel.shards import pieces_of
@@ -18,6 +17,7 @@ from headrace.pipeline.overlap import Surroundings, Weights
 from headrace.pipeline.overlap import run as run_steps
 from headrace.pipeline.stages import Microbatch, Results, StagePass, build_stages, split_layers
 from headrace.training.optimizer import Optimizer, stays_whole
+from ranks import gather
 
 MTP, ALPHA, BIAS_SPEED = 0.3, 0.01, 1e-3
 SCHEDULES = ["1f1b", "zb1p", "zb_v", "dualpipe", "dualpipe_v"]
@@ -86,7 +86,7 @@ def local(engine, batch):
 def gradients(engine):
     """Whole gradients by name, on rank 0."""
     pieces = [piece.of(piece.name, piece.tensor.grad) for piece in engine.reduction.pieces]
-    return gather(pieces, engine.mesh, CPU)
+    return gather(pieces, engine.mesh)
 
 
 def figures(losses):

@@ -5,6 +5,8 @@
 calls body(rank, world, **arguments) on every rank after torch.distributed is up, and returns what the ranks returned
 (JSON values, so tensors go through files or `tolist`), in their order. Where a rank fails, or time is up, every rank's
 stack is dumped to its log, all are killed, and the logs are in the error.
+
+`gather`, called by such functions, puts together what ranks have only pieces of.
 """
 
 import json
@@ -14,8 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from headrace.parallel.assembly import exchange
+from headrace.parallel.mesh import Mesh
+from headrace.parallel.shards import Piece
 
 TESTS = Path(__file__).resolve().parent
 _START = """
@@ -85,3 +96,29 @@ def _dump(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def _tail(rank: int, log: Path) -> str:
     return f"--- rank {rank}\n{log.read_text(errors='replace')[-4000:]}"
+
+
+@torch.no_grad()
+def gather(pieces: Iterable[Piece], mesh: Mesh) -> dict[str, Tensor]:
+    """Whole CPU tensors by name on rank 0, nothing on the other ranks; pieces cover every element exactly once."""
+    mine = sorted(pieces, key=lambda piece: (piece.name, piece.start))
+    cpu = torch.device("cpu")
+    said = exchange([[p.name, p.shape, p.start, p.tensor.numel(), str(p.tensor.dtype)] for p in mine], mesh, cpu)
+    if mesh.rank:
+        for piece in mine:
+            distributed.send(piece.tensor.detach().contiguous(), 0)
+        return {}
+    here = iter(mine)
+    result: dict[str, Tensor] = {}
+    missing: dict[str, int] = {}
+    entries = sorted((name, rank, *rest) for rank, entries in enumerate(said) for name, *rest in entries)
+    for name, rank, shape, start, size, dtype in entries:
+        missing[name] = missing.get(name, prod(shape)) - size
+        if name not in result:
+            result[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        run = torch.empty(size, dtype=result[name].dtype) if rank else next(here).tensor.detach()
+        if rank:
+            distributed.recv(run, rank)
+        result[name].view(-1)[start : start + size] = run.reshape(-1)
+    assert not any(missing.values()), "a tensor has elements that no rank gave, or two"
+    return result

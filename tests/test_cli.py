@@ -1,5 +1,7 @@
 """What `headrace` prints."""
 
+from pathlib import Path
+
 import pytest
 
 from headrace.cli import main
@@ -20,6 +22,20 @@ def test_the_plan_of_the_published_layout(capsys: pytest.CaptureFixture[str]) ->
     assert found["receive buffers"].endswith(", 1.174 GB")  # 1.09 GiB
 
 
+def test_each_phase_of_the_published_run_has_its_own_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "experiment=v3_671b"]) == 0
+    found = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert found == ["ramp", "main", "context_32k", "context_128k", "ramp", "context_32k", "context_128k"]
+
+
+def test_what_the_docs_say_of_idle_time_is_what_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "experiment=v3_671b"])
+    said = [line.rsplit("idle ", 1)[1] for line in capsys.readouterr().out.splitlines() if ", idle " in line]
+    page = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text()
+    assert len(said) == 3
+    assert [share for share in said if f"| {share} |" not in page] == []
+
+
 def test_a_stage_of_half_a_rank_takes_half_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     found = rows(capsys, "parallel=dualpipe", "parallel.schedule=dualpipe_v")
     assert found["idle share"].strip().startswith("4.0 %, 1 F of 25 F")  # N (F + B) and PP - 1 idle
@@ -30,6 +46,7 @@ def test_one_process_has_no_layout(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_impossible_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "parallel=dualpipe", "parallel.microbatch=4"]) == 2
+    words = ["recipe.batch_ramp=null", "recipe.extensions=[]"]
+    assert main(["plan", "parallel=dualpipe", "parallel.microbatch=4", *words]) == 2
     said = capsys.readouterr().err
     assert said.startswith("headrace plan: config: parallel.schedule=dualpipe") and said.count("\n") == 1

@@ -20,8 +20,6 @@ LINES = [
 ]
 EVERYWHERE = {"errors"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-FORBIDDEN_MODULES = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
-FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "yaml.load", "numpy.load", "np.load", "os.system"}
 
 
 def room_of(path: Path) -> str:
@@ -44,12 +42,6 @@ def imported_rooms(tree: ast.AST) -> set[str]:
     return rooms
 
 
-def dotted(node: ast.expr) -> str:
-    if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else "?"
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_downwards_only(path: Path) -> None:
     room = room_of(path)
@@ -58,18 +50,6 @@ def test_imports_go_downwards_only(path: Path) -> None:
         return
     for other in imported_rooms(ast.parse(path.read_text())) - EVERYWHERE - {room}:
         assert height(other) > height(room), f"{path.relative_to(ROOT)} imports {other}, which is not below {room}"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_unpickles_or_evaluates(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {alias.name.split(".")[0] for alias in node.names}
-            names.add((getattr(node, "module", None) or "").split(".")[0])
-            assert not names & FORBIDDEN_MODULES, f"{path.name}:{node.lineno}"
-        if isinstance(node, ast.Call):
-            assert dotted(node.func) not in FORBIDDEN_CALLS, f"{path.name}:{node.lineno}"
-            assert not any(key.arg in {"shell", "allow_pickle"} for key in node.keywords), f"{path.name}:{node.lineno}"
 
 
 def test_every_module_says_what_it_is_for() -> None:

@@ -5,7 +5,8 @@ import random
 import torch
 import transformers
 
-from headrace.config.schema import ModelConfig, RopeScaling
+from headrace.config.recipe import RopeScaling
+from headrace.config.schema import ModelConfig
 from headrace.model.initialisation import initialise
 from headrace.model.transformer import Transformer
 

@@ -43,9 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. experiment=tiny model=v3_671b")
-    command = commands.add_parser("import", help="turn a Hub folder of this family into a checkpoint's model file")
+    command = commands.add_parser("import", help="turn a Hub folder of this family into a checkpoint's tensors")
     command.add_argument("folder", type=Path, help="config.json, safetensors and their index")
-    command.add_argument("output", type=Path, help="the model.safetensors to write")
+    command.add_argument("output", type=Path, help="the safetensors file to write")
     return parser
 
 
@@ -74,36 +74,47 @@ def _index(arguments: argparse.Namespace) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> str:
+    from headrace.config.phases import MAIN, layout_of
     from headrace.conversion.export import exported_bytes
-    from headrace.planning.describe import layout, plan, text_table
+    from headrace.planning.describe import layout, phase_layout, plan, text_table
+    from headrace.recipe.schedule import Schedule
 
     config = load(arguments.overrides)
     rows = plan(config, exported_bytes(config.model, config.convert.dtype, config.convert.unaligned))
-    if config.parallel.pipeline * config.parallel.data > 1:
-        rows += layout(config, _simulated(config))
+    for phase in sorted(Schedule(config.recipe).phases, key=lambda phase: phase.name != MAIN):
+        parallel = layout_of(config.parallel, phase.name)
+        if parallel.pipeline * parallel.data > 1:
+            least, most = _simulated(config, phase.name)
+            rows += layout(config, most) if phase.name == MAIN else [phase_layout(config, phase, least, most)]
     return text_table(rows)
 
 
-def _simulated(config: Config) -> "Simulated":
-    """The layout's pipeline on paper, a rank's forward of a microbatch taking 1 whatever its number of stages."""
+def _simulated(config: Config, phase: str) -> "tuple[Simulated, Simulated]":
+    """A phase's smallest and largest step on paper, a rank's forward of a microbatch taking 1 whatever its stages."""
+    from headrace.config.phases import layout_of
     from headrace.pipeline.engine import microbatches_of, schedule_of
     from headrace.pipeline.generators import generate
     from headrace.pipeline.simulate import Costs, simulate
     from headrace.planning.describe import Simulated
 
-    (name, reason), microbatches = schedule_of(config), microbatches_of(config)
-    schedule = generate(name, config.parallel.pipeline, microbatches)
-    part = schedule.ranks / schedule.stages
-    found = simulate(schedule, Costs(forward=part, backward=2 * part, input=part, weight=part))
-    return Simulated(
-        name,
-        reason,
-        microbatches,
-        found.makespan,
-        max(found.idle),
-        max(found.live_activations),
-        max(found.receive_buffers),
-    )
+    name, reason = schedule_of(config, phase)
+
+    def on_paper(microbatches: int) -> Simulated:
+        schedule = generate(name, layout_of(config.parallel, phase).pipeline, microbatches)
+        part = schedule.ranks / schedule.stages
+        found = simulate(schedule, Costs(forward=part, backward=2 * part, input=part, weight=part))
+        return Simulated(
+            name,
+            reason,
+            microbatches,
+            found.makespan,
+            max(found.idle),
+            max(found.live_activations),
+            max(found.receive_buffers),
+        )
+
+    numbers = microbatches_of(config, phase)
+    return on_paper(numbers[0]), on_paper(numbers[-1])
 
 
 def _sync(arguments: argparse.Namespace) -> str:

@@ -6,16 +6,25 @@ import pytest
 
 from headrace.config.checks import problems
 from headrace.config.compose import load
+from headrace.config.phases import batches_of, layout_of, phase_names
+from headrace.config.recipe import BatchRampConfig
+from headrace.config.schema import PhaseLayoutConfig
 from headrace.errors import UserError
 from headrace.pipeline.engine import microbatches_of, schedule_of
 from headrace.pipeline.generators import generate
+from headrace.recipe.schedule import Schedule
 
 SCHEDULES = ["1f1b", "interleaved_1f1b", "zb1p", "zb_v", "dualpipe", "dualpipe_v"]
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load(["experiment=tiny"])
+    return load(["experiment=tiny", "recipe.batch_ramp=null", "recipe.extensions=[]", "recipe.tokens=1e6"])
+
+
+@pytest.fixture(scope="module")
+def published():
+    return load(["experiment=v3_671b"])
 
 
 def with_layout(config, sequences=8, **parallel):
@@ -85,9 +94,140 @@ def test_a_token_cannot_travel_with_the_scale_of_a_whole_tensor():
     assert [line.split()[0] for line in wrong] == ["precision.fp8.activation_tile=tensor"]
 
 
-def test_the_published_layout_and_the_demo_on_two_ranks_compose():
-    published = load(["model=v3_671b", "recipe=v3_671b", "parallel=v3"])
-    assert (microbatches_of(published), schedule_of(published)[0]) == (120, "dualpipe")
+def test_the_published_layout_and_the_demo_on_two_ranks_compose(published):
+    assert (microbatches_of(published), schedule_of(published)[0]) == ([120], "dualpipe")
     for experiment in ("demo", "tiny"):
         config = load([f"experiment={experiment}", "parallel=dualpipe"])
-        assert (microbatches_of(config), schedule_of(config)[0]) == (8, "dualpipe")
+        assert (microbatches_of(config), schedule_of(config)[0]) == ([8], "dualpipe")
+
+
+def test_every_step_of_every_phase_has_a_schedule(published):
+    """The ramp's 24 to 118 microbatches, in twos; both extensions' 15; all on the 2,048 ranks of the published run."""
+    numbers = {"ramp": list(range(24, 119, 2)), "main": [120], "context_32k": [15], "context_128k": [15]}
+    assert phase_names(published.recipe) == tuple(numbers)
+    for phase, expected in numbers.items():
+        layout = layout_of(published.parallel, phase)
+        assert layout.pipeline * layout.data == 2048
+        assert microbatches_of(published, phase) == expected
+        name, _ = schedule_of(published, phase)
+        for microbatches in expected[:3] + expected[-1:]:
+            assert generate(name, layout.pipeline, microbatches).ranks == layout.pipeline
+        assert {step.sequences for step in steps_in(published.recipe, phase)} <= set(
+            batches_of(published.recipe, phase)
+        )
+
+
+def steps_in(recipe, phase):
+    return [step for step in Schedule(recipe).table(2000) if step.phase == phase]
+
+
+def phase_layout(phase, **changes):
+    nothing = dict.fromkeys(("pipeline", "expert", "data", "schedule", "layers", "microbatch"))
+    return PhaseLayoutConfig(phase=phase, **nothing | changes)
+
+
+def test_a_phase_without_a_layout_of_its_own_must_run_on_the_general_one(published):
+    """At 3,072 sequences DualPipe has too few microbatches on V3's layout, and 480 do not divide by 128 data ranks."""
+    wrong = problems(replace(published, parallel=replace(published.parallel, phases=())))
+    assert len(wrong) == 3
+    assert "recipe.batch_ramp with batch=3072" in wrong[0] and "make 24 of them" in wrong[0]
+    assert "recipe.extensions.context_32k.batch_sequences=1920" in wrong[1] and "make 15 of them" in wrong[1]
+    assert wrong[2] == "parallel.data=128 must divide recipe.extensions.context_128k.batch_sequences=480"
+
+
+def test_a_phase_takes_what_is_given_and_keeps_the_rest(published):
+    layout = layout_of(published.parallel, "context_128k")
+    assert (layout.pipeline, layout.data, layout.expert, layout.microbatch, layout.node_size) == (64, 32, 32, 1, 8)
+    assert layout_of(published.parallel, "main") == published.parallel
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ([{"phase": "rampe"}], "parallel.phases names rampe; the recipe has main"),
+        ([{"phase": "main"}, {"phase": "main"}], "parallel.phases names main more than once"),
+        ([{"phase": "main", "data": 3}], "in phase main: parallel.data=3 must divide recipe.batch_sequences=8"),
+        ([{"phase": "main", "layers": (1, 1)}], "in phase main: parallel.layers has 2 numbers"),
+        ([{"phase": "main", "expert": 2}], "in phase main: parallel.expert=2 must divide parallel.data=1"),
+    ],
+)
+def test_what_is_wrong_with_a_phases_layout_is_named(tiny, phases, words):
+    assert words in "\n".join(problems(with_layout(tiny, phases=tuple(phase_layout(**phase) for phase in phases))))
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, "auto"])
+def test_a_ramp_is_refused_exactly_where_one_of_its_batches_has_no_schedule(tiny, name):
+    for least in range(1, 8):
+        for multiple in (1, 2, 3):
+            full = least + 3 * multiple
+            ramp = BatchRampConfig(least * multiple, 1000, "linear", multiple)
+            config = with_layout(tiny, full * multiple, pipeline=2, schedule=name, microbatch=1)
+            config = replace(config, recipe=replace(config.recipe, batch_ramp=ramp))
+            exists = True
+            for phase in ("ramp", "main"):
+                picked, _ = schedule_of(config, phase)
+                for microbatches in microbatches_of(config, phase):
+                    try:
+                        generate(picked, 2, microbatches)
+                    except UserError:
+                        exists = False
+            assert (problems(config) == []) == exists
+            assert exists or name != "auto"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["recipe.batch_ramp.multiple=3"], "recipe.batch_ramp.multiple=3 must divide recipe.batch_sequences=8"),
+        (["recipe.batch_ramp.from_sequences=8"], "recipe.batch_ramp.from_sequences=8 must be less than"),
+        (["recipe.batch_ramp.tokens=100%"], "recipe.batch_ramp.tokens=100% leaves less than two whole steps"),
+        (["parallel.data=8"], "parallel.data=8 must divide a step of recipe.batch_ramp with batch=4"),
+        (["parallel=dualpipe", "parallel.microbatch=2"], "a step of recipe.batch_ramp with batch=4"),
+    ],
+)
+def test_an_impossible_ramp_is_named(words, named):
+    ramp = "recipe.batch_ramp={from_sequences:4,tokens:2000,shape:linear,multiple:4}"
+    with pytest.raises(UserError, match=r"^config: ") as caught:
+        load(["experiment=tiny", "recipe.tokens=61440", ramp, *words])
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"name": "main"}, "recipe.extensions: main is the name of another phase"),
+        ({"sequence_length": 5000}, "recipe.extensions.longer.sequence_length=5000 does not fit 4096 positions"),
+        ({"batch_sequences": 3}, "parallel.data=2 must divide recipe.extensions.longer.batch_sequences=3"),
+        ({"beta_fast": 1.0}, "recipe.extensions.longer.rope_scaling.beta_fast=1.0 must exceed"),
+    ],
+)
+def test_an_impossible_extension_is_named(tiny, changed, named):
+    extension = load(["experiment=v3_671b"]).recipe.extensions[0]
+    scaling = replace(extension.rope_scaling, factor=2.0, original_max_position_embeddings=128)
+    if "beta_fast" in changed:
+        changed = {"rope_scaling": replace(scaling, **changed)}
+    good = {"name": "longer", "sequence_length": 256, "batch_sequences": 4, "rope_scaling": scaling}
+
+    def wrong(**fields):
+        config = with_layout(tiny, data=2)
+        recipe = replace(config.recipe, extensions=(replace(extension, **good | fields),))
+        return problems(replace(config, recipe=recipe))
+
+    assert wrong() == []
+    (line,) = wrong(**changed)
+    assert named in line
+
+
+def test_two_extensions_need_two_names(published):
+    first, second = published.recipe.extensions
+    recipe = replace(published.recipe, extensions=(first, second, second))
+    assert problems(replace(published, recipe=recipe)) == [
+        "recipe.extensions: context_128k is the name of another phase"
+    ]
+
+
+def test_a_moving_average_is_converted_only_where_one_is_kept():
+    words = ["convert.weights=ema"]
+    assert load([*words, "recipe.ema_decay=0.9"]).convert.weights == "ema"
+    with pytest.raises(UserError, match=r"convert\.weights=ema needs recipe\.ema_decay"):
+        load([*words, "recipe.ema_decay=null"])

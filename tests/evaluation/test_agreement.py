@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversion_models import part_of, sliced
 from evaluation_world import World
 from headrace.artifacts.tensors import load_tensors, save_tensors
 from headrace.config.compose import load
@@ -176,3 +177,20 @@ def sorted_choice(router: Any, biased: list[float]) -> tuple[set[int], float]:
     last, next_ = experts[router.top_k - 1], experts[router.top_k]
     between_groups = group_scores[best[-1]] - group_scores[ranked[router.topk_group]]
     return set(experts[: router.top_k]), min(between_groups, biased[last] - biased[next_])
+
+
+def test_a_folder_of_slices_is_judged_like_a_file_and_its_average_by_its_own_export(
+    world: World, tmp_path: Path
+) -> None:
+    weights = load_file(world.checkpoint)
+    average = {name: tensor * 0.9 for name, tensor in weights.items()}
+    whole = sliced(tmp_path, model=weights, ema=average)
+    folder = part_of(whole, tmp_path / "checkpoint", "model", "ema")
+    plain, cut = measured(world), measured(replace(world, checkpoint=folder))
+    assert plain == cut and cut["passed"] and len(cut["comparisons"]) == 3
+    export(folder, world.config, world.tokenizer, tmp_path / "hub", "bf16", 1 << 30, kind="ema")
+    arguments = (world.agreement, folder, tmp_path / "hub", world.config, "bf16", "bf16")
+    scorer = TransformersScorer.load(tmp_path / "hub")
+    result = agreement.measure(*arguments, scorer, final=False, kind="ema")
+    assert result["passed"] and [entry["line"] for entry in result["comparisons"]] == [1e-4]
+    assert not agreement.measure(*arguments, scorer, kind="ema")["passed"]

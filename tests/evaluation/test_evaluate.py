@@ -17,7 +17,7 @@ from headrace.evaluation.evaluate import Inputs, evaluate
 def inputs_of(world: World) -> Inputs:
     return Inputs(
         hub_folder=world.hub,
-        checkpoint_model_file=world.checkpoint,
+        checkpoint=world.checkpoint,
         agreement_file=world.agreement,
         heldout=world.heldout,
         tokenizer_folder=world.tokenizer,

@@ -33,7 +33,7 @@ RUNS = [
 
 
 def test_runs_are_compared_within_their_pair() -> None:
-    facts = study_facts(RUNS, 0.0, 2, 1000)
+    facts = study_facts(RUNS, 0.0, (1000, 2000))
     difference = facts["difference"]
     assert difference["second_half"]["each"] == pytest.approx([0.0, 0.01])
     assert difference["second_half"]["value"] == pytest.approx(0.005)
@@ -43,13 +43,13 @@ def test_runs_are_compared_within_their_pair() -> None:
 
 
 def test_ablations_are_compared_with_the_first_baseline() -> None:
-    ablations = study_facts(RUNS, 0.0, 2, 1000)["ablations"]
+    ablations = study_facts(RUNS, 0.0, (1000, 2000))["ablations"]
     assert ablations["per_tensor"] == {"second_half": 0.5, "end": 0.5, "validation": 0.5, "diverged_at": None}
     assert ablations["no_promotion"] == {"second_half": None, "end": None, "validation": None, "diverged_at": 2}
 
 
 def test_the_facts_are_json_without_nan_and_hold_the_runs() -> None:
-    facts = study_facts(RUNS, 0.9, 2, 1000)
+    facts = study_facts(RUNS, 0.9, (1000, 2000))
     json.dumps(facts, allow_nan=False)
     assert facts["curves"]["losses"]["ablation-no_promotion"] == [8.0, None]
     assert [run["tokens_per_second"] for run in facts["runs"]] == [100.0] * 6
@@ -59,7 +59,7 @@ def test_the_facts_are_json_without_nan_and_hold_the_runs() -> None:
 def test_long_curves_are_thinned_and_keep_their_ends() -> None:
     runs = [made(role, pair, [float(5000 - i) for i in range(4000)], 1.0) for role in ("baseline", "candidate")
             for pair in (0, 1)]  # fmt: skip
-    curves = study_facts(runs, 0.0, 4000, 10)["curves"]
+    curves = study_facts(runs, 0.0, range(10, 40_001, 10))["curves"]
     assert len(curves["tokens"]) == len(curves["each"][0]) == POINTS
     assert (curves["tokens"][0], curves["tokens"][-1]) == (10, 40_000)
     assert (curves["losses"]["pair-0-baseline"][0], curves["losses"]["pair-0-baseline"][-1]) == (5000.0, 1001.0)
@@ -79,14 +79,14 @@ def test_verdict(value: float, low: float, high: float, expected: str) -> None:
 
 
 def test_the_headline() -> None:
-    facts = study_facts(RUNS, 0.0, 2, 1000)
+    facts = study_facts(RUNS, 0.0, (1000, 2000))
     # mean 0.5 %, half-width 12.706 * 0.5 %; seeds at 2 and 4
     assert headline(facts) == "FP8 - BF16: +0.50 % [-5.85, +6.85] over 2 pairs; line 0.25 %; seed spread 47.14 %"
 
 
 def test_the_headline_of_a_study_that_diverged() -> None:
     runs = [*(run for run in RUNS if run["name"] != "pair-1-candidate"), made("candidate", 1, [8.0], None, stopped=2)]
-    facts = study_facts(runs, 0.0, 2, 1000)
+    facts = study_facts(runs, 0.0, (1000, 2000))
     assert facts["difference"]["verdict"] == "diverged"
     assert headline(facts) == "FP8 - BF16: no difference, since pair-1-candidate diverged"
 

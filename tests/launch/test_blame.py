@@ -114,6 +114,22 @@ def test_a_rank_that_has_done_all_must_end() -> None:
     assert judged(late) == "0 did not end within 20 s of having done all"
 
 
+def test_a_verdict_says_of_what_kind_the_trouble_is_and_since_when() -> None:
+    def seen(verdict: Verdict | None) -> tuple[str, float, str | None]:
+        assert verdict is not None
+        return verdict.cause, verdict.began, verdict.kind
+
+    killed = sight(0, exit=-signal.SIGKILL, exit_at=NOW - 0.4)
+    assert seen(failures([killed], NOW, SILENT)) == ("killed", NOW - 0.4, None)
+    failed = sight(0, report=report("DivergenceError"), report_at=NOW - 0.6)
+    assert seen(failures([failed], NOW, SILENT)) == ("failed", NOW - 0.6, "DivergenceError")
+    assert seen(failures([sight(0, exit=9, exit_at=NOW - 0.1)], NOW, SILENT)) == ("failed", NOW - 0.1, None)
+    closed = sight(0, report=report("RuntimeError", another_left=True), report_at=NOW)
+    assert seen(failures([closed, sight(1, beat_at=NOW - 4)], NOW, SILENT)) == ("lost", NOW - 4, None)
+    hung = stuck([sight(0, "W", age=29.8, beat_at=NOW - 0.2)], NOW, NOW, HANG, SILENT)
+    assert seen(hung) == ("hung", NOW - 30, None)
+
+
 def test_the_slate_knows_the_very_last_activity(tmp_path: Path) -> None:
     slate = tmp_path / "slate"
     slate.write_bytes("1B3 of step 17 é".encode().ljust(256))

@@ -1,9 +1,16 @@
 """A rank's own side: what it takes for another rank's fault. The rest is in test_supervisor.py."""
 
+import time
+from collections.abc import Iterator
+
 import pytest
 from torch import distributed
+from torch.distributed import TCPStore
 
+from headrace.launch import wire
+from headrace.launch.heartbeat import Heartbeat
 from headrace.launch.rank import another_left
+from headrace.launch.wire import Mood
 
 
 def chained(cause: Exception) -> Exception:
@@ -28,3 +35,32 @@ def chained(cause: Exception) -> Exception:
 )
 def test_only_lost_connections_are_another_ranks_fault(error: Exception, expected: bool) -> None:
     assert another_left(error) is expected
+
+
+@pytest.fixture
+def heart() -> Iterator[Heartbeat]:
+    store, _ = wire.host_store(1)
+    store.set(wire.ORDERS, '{"stop": null, "end": false}')
+    found = Heartbeat(TCPStore("127.0.0.1", store.port, is_master=False), 0, None)
+    yield found
+    found.close()
+
+
+def test_time_at_work_is_counted_and_time_waiting_is_not(heart: Heartbeat) -> None:
+    before = heart.busy_seconds()
+    for mood in (Mood.BUSY, Mood.WAITING, Mood.PATIENT, Mood.WAITING, Mood.BUSY):
+        heart.mark("something", mood)
+        time.sleep(0.05)
+    busy = heart.busy_seconds() - before
+    assert 0.15 <= busy < 0.15 + 0.08
+    heart.mark("a wait", Mood.WAITING)
+    said = heart.busy_seconds()
+    time.sleep(0.02)
+    assert heart.busy_seconds() == said
+
+
+def test_a_mark_costs_next_to_nothing(heart: Heartbeat) -> None:
+    began = time.perf_counter()
+    for _ in range(10_000):
+        heart.mark("1B3 of step 17", Mood.BUSY)
+    assert (time.perf_counter() - began) / 10_000 < 20e-6

@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from headrace.errors import UserError
+from headrace.launch import supervisor
 from headrace.launch.blame import RankFailure
 from headrace.launch.start import started
-from headrace.launch.supervisor import Ended, supervise
+from headrace.launch.supervisor import Ended, ended_for_memory, supervise
 
 PROGRAM = Path(__file__).with_name("supervised.py")
 END_SECONDS = 5.0
@@ -69,6 +70,22 @@ def test_a_rank_killed_at_work_is_named_with_its_very_action(watched: Watched) -
     line, seconds = watched.fails("pair", "kill")
     assert line == "rank 1 was killed by SIGKILL during 1F3 of step 5"
     assert seconds < END_SECONDS
+
+
+def test_a_kill_for_lack_of_memory_is_told_apart(
+    watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = tmp_path / "memory.events"
+    monkeypatch.setattr(supervisor, "_COUNTED", (events, tmp_path / "none"))
+    assert ended_for_memory() == 0
+    events.write_text("low 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 0\n")
+    assert ended_for_memory() == 2
+    numbers = iter((2, 3))
+    monkeypatch.setattr(supervisor, "ended_for_memory", lambda: next(numbers))
+    line, _ = watched.fails("pair", "kill")
+    assert line == (
+        "rank 1 was killed by SIGKILL during 1F3 of step 5, and the kernel ended a process for lack of memory"
+    )
 
 
 def test_a_rank_of_four_killed_in_a_collective_is_named(watched: Watched) -> None:

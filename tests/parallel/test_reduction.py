@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from headrace.artifacts.tensors import load_tensors, open_tensors, save_tensors
+from headrace.checkpoint.reader import checkpoint_folder, newest_valid, open_checkpoint
+from headrace.checkpoint.writer import Writer, publish
 from headrace.config.compose import load
 from headrace.fp8.weight_gradients import WeightGradientStore
-from headrace.parallel.assembly import fill, gather, names_everywhere
+from headrace.parallel.assembly import exchange, fill, names_everywhere
 from headrace.parallel.mesh import Groups, Mesh
 from headrace.parallel.reduction import GradientReduction, Held
 from headrace.parallel.shards import pieces_of
@@ -138,17 +139,18 @@ class Run:
         return norm.item()
 
     def save(self, folder: Path) -> None:
-        for file, pieces in (("model", self.reduction.pieces), ("optimizer", self.optimizer.moments())):
-            whole = gather(pieces, self.mesh, CPU)
-            assert bool(whole) == (self.mesh.rank == 0)
-            if whole:
-                save_tensors(folder / file, whole)
+        writer = Writer(folder, self.mesh.rank)
+        writer.begin(2, "only", {"model": self.reduction.pieces, "optimizer": self.optimizer.moments()})
+        writer.wait()
+        said = exchange(writer.take().files, self.mesh, CPU)
+        if self.mesh.rank == 0:
+            publish(folder, 2, "only", said, {})
+        exchange(None, self.mesh, CPU)
 
     def load(self, folder: Path) -> None:
-        for file, pieces in (("model", self.reduction.everything), ("optimizer", self.optimizer.moments())):
-            with open_tensors(folder / file) as opened:
-                known = names_everywhere(pieces, self.mesh, CPU)
-                fill(pieces, known, opened.get, opened.keys(), file)
+        saved = open_checkpoint(checkpoint_folder(folder, 2))
+        for kind, pieces in (("model", self.reduction.everything), ("optimizer", self.optimizer.moments())):
+            fill(pieces, names_everywhere(pieces, self.mesh, CPU), saved.tensors(kind))
         self.optimizer.load_state({"updates": 2})
 
 
@@ -203,6 +205,13 @@ def single(
     return tensors, {piece.name: piece.tensor for piece in optimizer.moments()}, norms
 
 
+def saved(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Whole tensors of the checkpoint that is there, every byte verified."""
+    found = newest_valid(folder)
+    assert found is not None
+    return {name: found.get(kind, name) for name in found.names(kind)}
+
+
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor], exact: set[str], moments: str) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -241,8 +250,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[
         cases = {name: given for name, given in wanted.items() if given["mesh"][0] * given["mesh"][1] == world}
         for name, given in cases.items():
             given["folder"] = str(root / name)
-            for part in ("two", "end"):
-                (root / name / part).mkdir(parents=True)
         ranks = run_ranks(world, "parallel/test_reduction.py", "body", cases=list(cases.values()))
         results |= {name: (root / name, [rank[i] for rank in ranks]) for i, name in enumerate(cases)}
     return results
@@ -254,8 +261,8 @@ def test_ranks_follow_one_process(ran: dict[str, tuple[Path, list[dict[str, Any]
     replicas = {"rest": copies, "experts": copies // given["mesh"][2]}
     values, states, norms = single(given["name"], given["moments"], given["limit"], replicas)
     exact = {key for key in SHAPES if copies <= 2 and given["limit"] > 1 and key != EMBED}
-    compare(load_tensors(folder / "end/model"), values, exact, "fp32")
-    compare(load_tensors(folder / "end/optimizer"), states, exact, given["moments"])
+    compare(saved(folder / "end", "model"), values, exact, "fp32")
+    compare(saved(folder / "end", "optimizer"), states, exact, given["moments"])
     assert len({tuple(rank["norms"]) for rank in ranks}) == 1
     assert [float.fromhex(norm) for norm in ranks[0]["norms"]] == pytest.approx(norms, rel=1e-7)
 
@@ -277,8 +284,8 @@ def test_the_norm_does_not_depend_on_the_pipeline(ran: dict[str, tuple[Path, lis
 
 
 def test_a_checkpoint_of_one_layout_goes_on_under_another(ran: dict[str, tuple[Path, list[dict[str, Any]]]]) -> None:
-    for file in ("model", "optimizer"):
-        straight, resumed = (load_tensors(ran[name][0] / "end" / file) for name in ("data", "resumed"))
+    for kind in ("model", "optimizer"):
+        straight, resumed = (saved(ran[name][0] / "end", kind) for name in ("data", "resumed"))
         assert straight.keys() == resumed.keys()
         for key, tensor in straight.items():
             if key.startswith(EMBED):  # four gradients on four ranks here, two sums of two there
@@ -295,5 +302,3 @@ def test_a_single_process_moves_and_copies_nothing() -> None:
     assert pieces[EMBED] is first
     assert first.data_ptr() == last.data_ptr()
     assert all(pieces[held.name] is held.parameter for held in run.held_all if held.parameter is not last)
-    whole = gather(run.reduction.pieces, run.mesh, CPU)
-    assert all(whole[name].data_ptr() == tensor.data_ptr() for name, tensor in pieces.items())

@@ -23,7 +23,7 @@ def card_facts(**changes: object) -> CardFacts:
         parameters_activated=3_000_000,
         parameters_mtp=500_000,
         tokens=6_000_000,
-        sequence_length=256,
+        sequence_lengths=[256],
         flops=1.25e14,
         seconds=246.0,
         hardware="2 CPU cores",

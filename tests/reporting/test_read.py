@@ -17,17 +17,16 @@ from headrace.pipeline.generators import generate
 from headrace.pipeline.measured import timeline
 from headrace.pipeline.simulate import Costs, simulate
 from headrace.pipeline.timeline import COMMUNICATION, Span
-from headrace.recipe.schedule import Schedule as Plan
 from headrace.reporting.facts import Baseline, Difference, Estimate
 from headrace.reporting.read import (
     differences,
-    planned,
     read_data,
     read_evaluation,
     read_stage,
     read_study,
     read_training,
 )
+from headrace.reporting.recipe import write_recipe
 from headrace.training.history import shares
 
 CONFIG = load(["experiment=tiny"])
@@ -60,6 +59,7 @@ def pretrain(tmp_path: Path) -> Path:
             {"step": 3, "tokens": 300, "loss": 6.0, "validation_loss": 6.1, "tokens_per_second": 50.0},
         ],
     )
+    write_recipe(CONFIG.recipe, tmp_path)
     write_json(tmp_path / "formats.json", [{"what": "router", "format": "FP32"}])
     last = CONFIG.model.num_hidden_layers
     load_ = [[3, 1], [2, 2]]
@@ -72,7 +72,7 @@ def pretrain(tmp_path: Path) -> Path:
 
 
 def test_training(pretrain: Path) -> None:
-    facts = read_training(pretrain, CONFIG.model, CONFIG.recipe)
+    facts = read_training(pretrain, CONFIG.model)
     assert (facts.tokens, facts.loss_train, facts.loss_validation, facts.gemm_peak_flops) == (1.0, 7.0, 8.0, 6.0)
     assert facts.curves["train"] == ((100.0, 7.0), (300.0, 6.0))
     assert facts.curves["validation"] == ((200.0, 6.5), (300.0, 6.1))
@@ -85,13 +85,13 @@ def test_training(pretrain: Path) -> None:
 
 
 def test_the_timeline_of_a_step(pretrain: Path) -> None:
-    assert read_training(pretrain, CONFIG.model, CONFIG.recipe).pipeline_step is None
+    assert read_training(pretrain, CONFIG.model).pipeline_step is None
     schedule = with_communication(generate("dualpipe", 2, 4))
     spans = [*simulate(schedule, Costs()).spans, Span(1, 2.0, 2.5, "dispatch", COMMUNICATION)]
     for pipeline in (1, 2):
         written = timeline(schedule, "as configured", [2, 1], Mesh(pipeline, 2, 2, 1, 0), spans)
         write_json(pretrain / "timeline.json", {"step": 3, **written})
-        step = read_training(pretrain, CONFIG.model, CONFIG.recipe).pipeline_step
+        step = read_training(pretrain, CONFIG.model).pipeline_step
         assert (step is None) == (pipeline == 1)  # ranks without a pipeline have no timeline
     assert step is not None
     assert (step.step, step.schedule, step.reason, step.device) == (3, "dualpipe", "as configured", "cpu")
@@ -106,24 +106,14 @@ def test_a_model_without_experts_has_no_load(pretrain: Path) -> None:
     write_json(
         pretrain / "expert_load.json", {"steps": [], "tokens": [], "layers": {}, "maxvio": {}, "maxvio_mean": []}
     )
-    assert read_training(pretrain, CONFIG.model, CONFIG.recipe).expert_load is None
+    assert read_training(pretrain, CONFIG.model).expert_load is None
 
 
 def test_a_broken_line_is_named(pretrain: Path) -> None:
     with (pretrain / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4')
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 4 is not JSON"):
-        read_training(pretrain, CONFIG.model, CONFIG.recipe)
-
-
-def test_planned_schedules_are_the_trainers_own() -> None:
-    plan = Plan(CONFIG.recipe)
-    schedules = {schedule.name: schedule.points for schedule in planned(CONFIG.recipe, 10**6)}
-    assert [y for _, y in schedules["learning rate"]] == [plan.at(step).learning_rate for step in range(plan.steps)]
-    assert [x for x, _ in schedules["MTP weight (lambda)"]] == [
-        plan.at(step).tokens_before for step in range(plan.steps)
-    ]
-    assert ("Muon learning rate" in schedules) == (CONFIG.recipe.optimizer.name == "muon")
+        read_training(pretrain, CONFIG.model)
 
 
 def test_data(tmp_path: Path) -> None:
@@ -233,7 +223,7 @@ def test_study(tmp_path: Path) -> None:
 
     runs = [run("baseline", 0, [8.0, 2.0]), run("candidate", 0, [8.0, 2.1]), run("baseline", 1, [8.0, 4.0]),
             run("candidate", 1, [8.0, 4.0]), run("per_tensor", -1, [8.0], 2)]  # fmt: skip
-    facts = study_facts(runs, 0.0, 2, 1000)
+    facts = study_facts(runs, 0.0, (1000, 2000))
     write_json(tmp_path / "study.json", {**facts, "formats": [["layers", "BF16", "E4M3"]]})
     study = read_study(tmp_path, "there")
     assert study.differences[0].measure == "training loss, second half"

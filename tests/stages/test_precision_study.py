@@ -31,7 +31,7 @@ SMALL = (
     "corpus.heldout_fraction=0.2", "tokenizer.vocab_size=300", "recipe.sequence_length=16", "recipe.batch_sequences=2",
     "recipe.tokens=6400", f"study.tokens={32 * STEPS}", "study.ablations=[]", "precision@study.candidate=fp32",
     "train.validate_every=10", "train.validation_rows=2", "checkpoint.interval=3", "launch.threads=1",
-    "launch.device=cpu",
+    "launch.device=cpu", "recipe.batch_ramp=null",
 )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from small_corpus import tokenized
 SMALL = (
     "experiment=tiny", "tracking=disabled", "corpus=files", "corpus.validation_fraction=0.2", "precision=fp32",
     "corpus.heldout_fraction=0.2", "tokenizer.vocab_size=300", "recipe.sequence_length=16", "recipe.batch_sequences=8",
-    f"recipe.tokens={128 * 60}", "train.validate_every=20", "train.validation_rows=3", "checkpoint.every_steps=10",
-    "launch.threads=1", "launch.device=cpu",
+    f"recipe.tokens={128 * 60}", "train.validate_every=20", "train.validation_rows=3", "checkpoint.interval=10",
+    "launch.threads=1", "launch.device=cpu", "recipe.batch_ramp=null", "recipe.extensions=[]",
 )  # fmt: skip
 LAYOUTS = {
     "one": ["parallel.microbatch=1"],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.config.compose import load
-from headrace.config.schema import OptimizerConfig
+from headrace.config.recipe import OptimizerConfig
 from headrace.training.adamw import AdamW
 
 

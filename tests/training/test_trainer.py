@@ -1,46 +1,31 @@
-"""The loop on a stand-in model: exact resume, accumulation, skipping, and what is written down."""
+"""The loop on a stand-in model: exact resume, accumulation, and what is written down."""
 
 import json
 import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from headrace.artifacts.tensors import load_tensors
-from headrace.checkpoint import store
+from headrace.checkpoint.reader import checkpoint_folder, open_checkpoint, steps, tensors_of
 from headrace.config.schema import Config
-from headrace.errors import UserError
-from headrace.training.trainer import MAX_SKIPPED, DivergenceError
-from toy_run import EXPERTS, LENGTH, Recorder, ToyModel, toy_batch, toy_config, toy_rows, toy_trainer
-
-TIMED = {"tokens_per_second", "mfu"}
-
-
-def frozen(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that the newest checkpoint holds, measured times aside."""
-    found = store.newest_valid(folder)
-    assert found is not None
-    state = dict(found.state)
-    state["counters"] = {k: v for k, v in state["counters"].items() if k != "seconds"}
-    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in state["history"]["rows"]]
-    state["history"] = {**state["history"], "rows": rows}
-    return load_tensors(found.model_file) | load_tensors(found.optimizer_file), state
-
-
-def assert_same_end(ours: Path, theirs: Path) -> None:
-    (tensors, state), (other_tensors, other_state) = frozen(ours), frozen(theirs)
-    assert tensors.keys() == other_tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, other_tensors[name]), name
-    assert state == other_state
+from toy_run import (
+    EXPERTS,
+    LENGTH,
+    Recorder,
+    ToyModel,
+    assert_same_end,
+    frozen,
+    toy_batch,
+    toy_config,
+    toy_rows,
+    toy_trainer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +52,21 @@ def test_stopped_by_the_deadline_and_resumed_is_bitwise_equal(
 ) -> None:
     outcome = toy_trainer(toy_config(), tmp_path, Recorder(stop_after)).run()
     assert (outcome.finished, outcome.step, outcome.reason) == (False, stop_after, "told to")
-    assert store.steps(tmp_path)[-1] == stop_after
+    assert steps(tmp_path)[-1] == stop_after
     torch.manual_seed(999)  # the random state comes from the checkpoint, not from this process
     assert toy_trainer(toy_config(), tmp_path).run().finished
     assert_same_end(tmp_path, undisturbed)
 
 
-def test_killed_with_sigkill_and_resumed_is_bitwise_equal(tmp_path: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize("how", ["asynchronous", "synchronous"])
+def test_killed_with_sigkill_and_resumed_is_bitwise_equal(tmp_path: Path, undisturbed: Path, how: str) -> None:
     script = str(Path(__file__).parents[1] / "toy_run.py")
     for step in (6, 11):
-        run = subprocess.run([sys.executable, script, str(tmp_path), str(step)], timeout=120)
+        run = subprocess.run([sys.executable, script, str(tmp_path), str(step), how], timeout=120)
         assert run.returncode == -signal.SIGKILL
-    assert store.steps(tmp_path) == [4, 8]
+    kept = steps(tmp_path)
+    # The toy's steps are shorter than a save, so what was under way when the process was killed is lost with it.
+    assert kept == [4, 8] if how == "synchronous" else set(kept) <= {4, 8}
     assert toy_trainer(toy_config(), tmp_path).run().finished
     assert_same_end(tmp_path, undisturbed)
 
@@ -87,14 +75,14 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_not_the_result(
     tmp_path: Path, undisturbed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     toy_trainer(toy_config(), tmp_path, Recorder(9)).run()
-    path = tmp_path / "step-00000009" / store.MODEL
+    path = tmp_path / "step-00000009" / "model-00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
     recorder = Recorder()
     with caplog.at_level(logging.WARNING):
         toy_trainer(toy_config(), tmp_path, recorder).run()
-    assert "step-00000009/model.safetensors" in caplog.text
+    assert "step-00000009/model-00000.safetensors" in caplog.text
     assert recorder.shown[0] == 9  # from step 8 on
     assert_same_end(tmp_path, undisturbed)
 
@@ -115,7 +103,7 @@ def test_a_finished_run_only_reads_its_checkpoint(tmp_path: Path) -> None:
     model = ToyModel()
     assert toy_trainer(toy_config(), tmp_path, recorder, model).run().finished
     assert recorder.shown == []
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(before[f"model {name}"], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("microbatch", [1, 2])
@@ -142,69 +130,6 @@ def test_bias_speed_follows_the_plan(tmp_path: Path) -> None:
     assert [speed for _, speed in model.bias_updates] == [0.5] * 7 + [0.0] * 3
 
 
-def poisoned(positions: Mapping[int, int] | set[int]) -> Any:
-    """The toy's data with a token 0, whose loss is infinite, in the rows at these positions."""
-
-    def batch(first: int, sequences: int) -> Tensor:
-        rows = toy_batch(first, sequences)
-        for index in range(sequences):
-            if first + index in positions:
-                rows[index, 3] = 0
-        return rows
-
-    return toy_rows(batch)
-
-
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config, recorder, model = toy_config(5), Recorder(2), ToyModel()
-    trainer = toy_trainer(config, tmp_path, recorder, model, poisoned({4 * 2 + 1}))
-    trainer.run()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recorder.stop_after = 3
-    with caplog.at_level(logging.WARNING):
-        trainer.run()
-    assert "step 3 not applied: loss inf" in caplog.text
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert len(model.bias_updates) == 2
-    state = frozen(tmp_path)[1]
-    assert state["counters"]["skipped"] == 1
-    assert state["counters"]["position"] == 12  # the rows are passed over
-    assert state["optimizer"] == {"updates": 2}
-    recorder.stop_after = None
-    assert trainer.run().finished
-    assert len(model.bias_updates) == 4
-
-
-def test_five_in_a_row_stop_the_run_and_leave_its_checkpoint(tmp_path: Path) -> None:
-    bad = set(range(4 * 5, 4 * 40))
-    recorder = Recorder()
-    with pytest.raises(DivergenceError, match=r"5 steps in a row, up to step 10.*recipe\.learning_rate\.peak"):
-        toy_trainer(toy_config(), tmp_path, recorder, rows=poisoned(bad)).run()
-    assert MAX_SKIPPED == 5
-    assert store.steps(tmp_path) == [4, 8]
-    # Four bad steps between good ones are survived, again and again.
-    config = toy_config(20)
-    patchy = {4 * step for step in range(20) if step % 5}
-    trainer = toy_trainer(config, tmp_path / "patchy", rows=poisoned(patchy))
-    assert trainer.run().finished
-    assert trainer.summary()["skipped_steps"] == 16
-
-
-def test_checkpoint_of_another_run_is_refused(tmp_path: Path, undisturbed: Path) -> None:
-    with pytest.raises(UserError, match=r"belongs to run 0123456789ab, not ffffffffffff"):
-        toy_trainer(toy_config(), undisturbed, fingerprint="ffffffffffff").run()
-
-
-def test_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
-    toy_trainer(toy_config(), tmp_path, Recorder(2)).run()
-    config = toy_config()
-    adamw = replace(config.recipe, optimizer=replace(config.recipe.optimizer, name="adamw"))
-    with pytest.raises(UserError, match=r"step-00000002/optimizer\.safetensors"):
-        toy_trainer(replace(config, recipe=adamw), tmp_path).run()
-
-
 def test_starting_from_another_run_takes_weights_moments_and_position(tmp_path: Path, undisturbed: Path) -> None:
     source = undisturbed / "step-00000012"
     recorder, model, seen = Recorder(1), ToyModel(), []
@@ -215,8 +140,8 @@ def test_starting_from_another_run_takes_weights_moments_and_position(tmp_path: 
     tensors, state = frozen(tmp_path)
     assert (state["step"], state["tokens"], state["optimizer"]) == (1, 4 * LENGTH, {"updates": 13})
     assert state["plan"]["tokens_before"] == 0
-    old = load_tensors(source / store.MODEL)
-    assert 0 < (tensors["experts.weight"] - old["experts.weight"]).abs().max() < 0.1  # one small step away
+    old = open_checkpoint(source).get("model", "experts.weight")
+    assert 0 < (tensors["model experts.weight"] - old).abs().max() < 0.1  # one small step away
     recorder.stop_after = None
     assert toy_trainer(toy_config(6), tmp_path, Recorder(), ToyModel(), rows, source, "aaaaaaaaaaaa").run().finished
     assert seen == [48, 52, 56, 60, 64, 68]  # once begun, its own checkpoints count
@@ -224,9 +149,9 @@ def test_starting_from_another_run_takes_weights_moments_and_position(tmp_path: 
 
 def test_retention_follows_the_configuration(tmp_path: Path) -> None:
     config = toy_config()
-    settings = replace(config.checkpoint, every_steps=1, keep=2, keep_every=5)
+    settings = replace(config.checkpoint, interval=1, keep=2, keep_every=5)
     toy_trainer(replace(config, checkpoint=settings), tmp_path).run()
-    assert store.steps(tmp_path) == [5, 10, 11, 12]
+    assert steps(tmp_path) == [5, 10, 11, 12]
 
 
 @pytest.fixture
@@ -242,15 +167,19 @@ def finished(tmp_path: Path) -> tuple[Config, ToyModel, Path]:
 def test_artifact_holds_what_the_next_stages_read(finished: tuple[Config, ToyModel, Path], tmp_path: Path) -> None:
     _, _, folder = finished
     assert {path.name for path in folder.iterdir()} == {
-        "model.safetensors", "training.json", "metrics.jsonl", "expert_load.json", "agreement.safetensors",
+        "checkpoint", "training.json", "metrics.jsonl", "expert_load.json", "agreement.safetensors",
     }  # fmt: skip
-    link = tmp_path / "checkpoints" / "step-00000012" / store.MODEL
-    assert (folder / "model.safetensors").stat().st_ino == link.stat().st_ino
+    names = {path.name for path in (folder / "checkpoint").iterdir()}
+    assert names == {"slices.json", "model-00000.safetensors"}  # no moments, which are no use to anybody downstream
+    for name in names:
+        link = checkpoint_folder(tmp_path / "checkpoints", 12) / name
+        assert (folder / "checkpoint" / name).stat().st_ino == link.stat().st_ino
     agreement = load_tensors(folder / "agreement.safetensors")
     assert agreement["tokens"].shape == (2, LENGTH + 1)
     assert agreement["tokens"].dtype == torch.int64
     reloaded = ToyModel()
-    reloaded.load_state_dict(load_tensors(folder / "model.safetensors"))
+    with tensors_of(folder / "checkpoint") as source:
+        reloaded.load_state_dict({name: source.get(name) for name in source.keys()})  # noqa: SIM118 - no mapping
     expected = reloaded.token_log_probabilities(agreement["tokens"])
     torch.testing.assert_close(agreement["log_probabilities"], expected, rtol=0, atol=1e-6)
     assert agreement["log_probabilities"].dtype == torch.float32

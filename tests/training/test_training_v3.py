@@ -11,16 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.artifacts.tensors import load_tensors
-from headrace.checkpoint import store
+from headrace.checkpoint.reader import newest_valid
 from headrace.config.compose import load
+from headrace.config.recipe import ExtensionConfig, RopeScaling
 from headrace.config.schema import Config
 from headrace.errors import UserError
+from headrace.tokens.loader import TokenDataset
 from headrace.tokens.shards import finish, make_shard, plan
 from headrace.tokens.tokenizer import build_tokenizer
 from headrace.training.learner import build_engine
 from headrace.training.rows import Rows, open_rows
-from headrace.training.trainer import Place, Trainer, Watchers, moe_layers
+from headrace.training.place import Place, Watchers
+from headrace.training.telling import moe_layers
+from headrace.training.trainer import Trainer
 from toy_run import Recorder
 
 STEPS, LENGTH = 24, 32
@@ -29,8 +32,9 @@ STEPS, LENGTH = 24, 32
 @pytest.fixture(scope="module")
 def config() -> Config:
     """`experiment=tiny`'s pico model in BF16, 24 steps of 4 x 32 tokens in two microbatches."""
-    base = load(["experiment=tiny", "tracking.log_every=1", "parallel.microbatch=2", "checkpoint.every_steps=8"])
-    recipe = replace(base.recipe, tokens=STEPS * 4 * LENGTH, sequence_length=LENGTH, batch_sequences=4)
+    base = load(["experiment=tiny", "tracking.log_every=1", "parallel.microbatch=2", "checkpoint.interval=8"])
+    plain = replace(base.recipe, batch_ramp=None, extensions=(), ema_decay=None)
+    recipe = replace(plain, tokens=STEPS * 4 * LENGTH, sequence_length=LENGTH, batch_sequences=4)
     return replace(base, recipe=recipe)
 
 
@@ -49,10 +53,10 @@ def trained(config: Config, folder: Path, stop_after: int | None = None) -> Trai
 
 
 def tensors_at_end(folder: Path) -> dict[str, Tensor]:
-    found = store.newest_valid(folder)
+    found = newest_valid(folder)
     assert found is not None
     assert found.step == STEPS
-    return load_tensors(found.model_file) | load_tensors(found.optimizer_file)
+    return {name: found.get(kind, name) for kind in found.kinds for name in found.names(kind)}
 
 
 def test_interrupted_twice_is_bitwise_equal_and_it_learns(config: Config, tmp_path: Path) -> None:
@@ -107,6 +111,23 @@ def test_rows_come_from_their_splits_with_all_targets(config: Config, dataset: P
     other = open_rows(dataset, replace(config, seed=replace(config.seed, data=1)))
     assert torch.equal(other.validation, rows.validation)
     assert not torch.equal(other.batch(0, 8), rows.batch(0, 8))
+
+
+def test_rows_of_another_length_have_an_order_of_their_own(config: Config, dataset: Path) -> None:
+    scaling = RopeScaling("yarn", 2.0, 32.0, 1.0, 1.0, 1.0, LENGTH)
+    extension = ExtensionConfig("long", 3, 2 * LENGTH, 2, 1e-3, scaling)
+    config = replace(config, recipe=replace(config.recipe, extensions=(extension,)))
+    short, long = open_rows(dataset, config), open_rows(dataset, config, "long")
+    assert long.batch(0, 2).shape == (2, 2 * LENGTH + 2)
+    assert long.validation.shape == (config.train.validation_rows // 2, 2 * LENGTH + 2)
+    assert torch.equal(long.agreement, short.agreement)
+    assert long.training_rows == short.training_rows
+    split = TokenDataset(dataset).split("train")
+    rows = split.rows(2 * LENGTH)
+    every = sorted(split.row(index, 2 * LENGTH, sequence_length=2 * LENGTH).tolist() for index in range(rows))
+    assert sorted(long.batch(0, rows)[:, : 2 * LENGTH].tolist()) == every  # each of an epoch once
+    # In the order of the short rows, row i of the long ones would begin as row 2 i of those does.
+    assert not any(torch.equal(long.batch(i, 1)[0, :LENGTH], short.batch(i, 1)[0, :LENGTH]) for i in range(8))
 
 
 def test_a_split_without_a_row_is_said(config: Config, dataset: Path) -> None:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.config.checks import tokens_in
 from headrace.config.compose import load
+from headrace.config.phases import tokens_in
 from headrace.config.schema import Config
 from headrace.errors import UserError
 from headrace.recipe.schedule import Schedule
@@ -44,15 +44,17 @@ def test_an_ablation_changes_what_its_name_says_and_nothing_else() -> None:
 
 def test_schedules_keep_their_shape() -> None:
     """At the same share of the budget the study's plan is the recipe's, whether spans are shares or tokens."""
-    shares = load(["recipe=tiny", "recipe.learning_rate.warmup_steps=0"]).recipe
+    words = ["recipe=tiny", "recipe.tokens=61440", "recipe.learning_rate.warmup_steps=0",
+             "recipe.learning_rate.tail=[]", "recipe.batch_ramp=null"]  # fmt: skip
+    shares = load([*words, "recipe.learning_rate.constant=60%", "recipe.learning_rate.cosine=40%"]).recipe
     tokens = load(
-        ["recipe=tiny", "recipe.learning_rate.warmup_steps=0", "recipe.learning_rate.constant=36864",
-         "recipe.learning_rate.cosine=24576", "recipe.balance.bias_update_until=59597", "recipe.mtp.switch=41779"]
+        [*words, "recipe.learning_rate.constant=36864", "recipe.learning_rate.cosine=24576",
+         "recipe.balance.bias_update_until=59597", "recipe.mtp.switch=41779"]
     ).recipe  # fmt: skip
     before = Schedule(shares)
     for recipe in (shares, tokens):
         after = Schedule(recipe_for(recipe, shares.tokens // 4))
-        assert after.steps == before.steps // 4 == 15
+        assert after.steps == 15
         for step in range(after.steps):
             mine, theirs = after.at(step), before.at(4 * step)
             assert mine.learning_rate == pytest.approx(theirs.learning_rate)
@@ -66,6 +68,13 @@ def test_spans_in_tokens_become_the_same_share() -> None:
     assert [phase.tokens for phase in small.learning_rate.tail] == [3_330_000, 1_670_000]
     assert small.balance.bias_update_until == 143_000_000
     assert tokens_in(small.mtp.switch, small.tokens) == 100_000_000
+    assert whole.batch_ramp is not None
+    assert small.batch_ramp == replace(whole.batch_ramp, tokens=4_690_000)
+
+
+def test_what_follows_the_budget_or_stands_beside_it_is_left_out() -> None:
+    small = recipe_for(load(["recipe=v3_671b"]).recipe, 148_000_000)
+    assert (small.extensions, small.ema_decay) == ((), None)
 
 
 @pytest.mark.parametrize(

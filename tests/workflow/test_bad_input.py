@@ -75,9 +75,10 @@ def test_a_truncated_shard(tiny: Project, tmp_path: Path) -> None:
     assert shard.name in complaint(stage("pretrain", project.folder))
 
 
-def test_a_damaged_checkpoint_byte(tiny: Project, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["model-00000.safetensors", "slices.json"])
+def test_a_damaged_checkpoint_byte(tiny: Project, tmp_path: Path, file: str) -> None:
     project = copy_of(tiny, tmp_path, ("corpus", "tokenizer", "tokenize", "pretrain"))
-    (weights,) = project.folder.glob("results/pretrain/*/artifact/model.safetensors")
+    (weights,) = project.folder.glob(f"results/pretrain/*/artifact/checkpoint/{file}")
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.unlink()
@@ -90,6 +91,11 @@ def test_a_step_that_was_not_kept(tiny: Project, tmp_path: Path) -> None:
     line = complaint(stage("convert", project.folder, "convert.step=7"))
     assert "step 7" in line
     assert "60" in line, "the steps that there are"
+
+
+def test_a_moving_average_that_was_not_kept(tiny: Project, tmp_path: Path) -> None:
+    project = copy_of(tiny, tmp_path, ("corpus", "tokenizer", "tokenize", "pretrain"))
+    assert "recipe.ema_decay" in complaint(stage("convert", project.folder, "convert.weights=ema"))
 
 
 def test_a_push_without_a_token(tiny: Project, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ import xxhash
 from headrace.errors import UserError
 
 Algorithm = Literal["sha256", "xxh3"]
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18  # fits into a core's cache: hashed while it is warm
+_BLOCK = 16 << 20
 
 
 class _Hasher(Protocol):
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None: ...
     def hexdigest(self) -> str: ...
 
 
@@ -33,10 +34,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data` durably; a reader never sees a partial file."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, memoryview(data))
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -44,23 +42,57 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def write_synced(path: Path, data: memoryview) -> None:
+    """Write the file `path` and force its content to the disk; its folder's entry is not."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write all of `data` to an open file."""
+    for begin in range(0, len(data), _BLOCK):
+        block = data[begin : begin + _BLOCK]
+        while block:
+            block = block[os.write(descriptor, block) :]
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented, key-sorted JSON; NaN and Infinity are refused."""
+    write_atomic(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    write_atomic(path, (text + "\n").encode())
+    return (text + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
     """Read JSON; a missing or malformed file or a duplicate key is a `UserError` that names the file."""
+    return parse_json(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content; a missing file is a `UserError` that names it."""
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """`data`, read from `path`, as JSON; malformed text or a duplicate key is a `UserError` that names the file."""
+    try:
+        return json.loads(data, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
-def hash_bytes(data: bytes, algorithm: Algorithm) -> str:
+def hash_bytes(data: bytes | memoryview, algorithm: Algorithm) -> str:
     """`<algorithm>:<hex digest>` of `data`."""
     hasher = _HASHERS[algorithm]()
     hasher.update(data)
@@ -69,10 +101,10 @@ def hash_bytes(data: bytes, algorithm: Algorithm) -> str:
 
 def hash_file(path: Path, algorithm: Algorithm) -> str:
     """`<algorithm>:<hex digest>` of a file: sha256 for what is published, xxh3 (128 bits) for what is loaded often."""
-    hasher = _HASHERS[algorithm]()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
+    hasher, chunk = _HASHERS[algorithm](), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            hasher.update(chunk[:size])
     return f"{algorithm}:{hasher.hexdigest()}"
 
 

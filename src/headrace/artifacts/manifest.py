@@ -7,6 +7,7 @@ manifest's own hash covers all its fields; children record it as the identity of
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from headrace.artifacts.files import (
     Algorithm,
     hash_bytes,
     hash_file,
-    read_json,
+    json_bytes,
+    parse_json,
+    read_bytes,
     sync_file,
     sync_folder,
     write_json,
@@ -62,12 +65,22 @@ def build(
     inputs: dict[str, str],
     summary: dict[str, Any],
     algorithm: Algorithm = "sha256",
+    known: Mapping[str, FileEntry] = {},
 ) -> Manifest:
-    """Hash every file of `folder` and write its manifest. Files are fsynced first, the manifest last."""
+    """Hash every file of `folder` and write its manifest. Files are fsynced first, the manifest last.
+
+    `known` are files that whoever wrote them has hashed and fsynced already: they are not read again.
+    """
     files = {}
     for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name in known:
+            files[name] = known[name]
+            assert path.stat().st_size == known[name].size, f"{path}: its size is not what its writer said"
+            continue
         sync_file(path)
-        files[path.relative_to(folder).as_posix()] = FileEntry(path.stat().st_size, hash_file(path, algorithm))
+        files[name] = FileEntry(path.stat().st_size, hash_file(path, algorithm))
+    assert known.keys() <= files.keys(), f"{folder}: lacks {sorted(known.keys() - files.keys())}"
     body = _body(kind, producer, inputs, files, summary)
     manifest = Manifest(SCHEMA, kind, producer, inputs, files, summary, _hash(body))
     write_json(folder / NAME, {**body, "hash": manifest.hash})
@@ -88,16 +101,19 @@ def commit(staging: Path, final: Path) -> None:
 def read(folder: Path) -> Manifest:
     """Read a manifest and check its schema and its own hash, without reading the other files."""
     path = folder / NAME
-    raw = read_json(path)
+    data = read_bytes(path)
+    raw = parse_json(data, path)
     try:
         files = {name: FileEntry(int(entry["size"]), str(entry["hash"])) for name, entry in raw["files"].items()}
         body = _body(raw["kind"], raw["producer"], raw["inputs"], files, raw["summary"])
         stored, schema = raw["hash"], raw["schema"]
-    except (KeyError, TypeError, AttributeError):
+        # The hash is of what the text says; the text itself, too, must be as it was written.
+        whole = stored == _hash(body) and data == json_bytes({**body, "hash": stored})
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path}: not a manifest; {_REMEDY}") from None
     if schema != SCHEMA:
         raise UserError(f"{path}: written by schema {schema}, this version reads {SCHEMA}")
-    if stored != _hash(body):
+    if not whole:
         raise UserError(f"{path}: damaged (its hash does not match its content); {_REMEDY}")
     return Manifest(SCHEMA, raw["kind"], raw["producer"], raw["inputs"], files, raw["summary"], stored)
 
@@ -118,15 +134,28 @@ def verify(folder: Path, hash_up_to: int | None = None) -> Manifest:
     return manifest
 
 
+def content(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """The bytes of one file, verified; they are read once, so that what is used is what was verified."""
+    data = read_bytes(folder / name)
+    if len(data) != manifest.files[name].size or hash_bytes(data, _algorithm(manifest.files[name])) != (
+        manifest.files[name].hash
+    ):
+        raise UserError(f"{folder / name}: damaged (it differs from its manifest); {_REMEDY}")
+    return data
+
+
 def _verify_file(path: Path, entry: FileEntry, hash_up_to: int | None) -> None:
     size = path.stat().st_size
     if size != entry.size:
         raise UserError(f"{path}: {size} bytes, its manifest says {entry.size}; {_REMEDY}")
     if hash_up_to is not None and size > hash_up_to:
         return
-    algorithm: Algorithm = "sha256" if entry.hash.startswith("sha256:") else "xxh3"
-    if hash_file(path, algorithm) != entry.hash:
+    if hash_file(path, _algorithm(entry)) != entry.hash:
         raise UserError(f"{path}: damaged (hash differs from its manifest); {_REMEDY}")
+
+
+def _algorithm(entry: FileEntry) -> Algorithm:
+    return "sha256" if entry.hash.startswith("sha256:") else "xxh3"
 
 
 def discard(folder: Path) -> None:

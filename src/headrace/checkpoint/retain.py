@@ -4,32 +4,46 @@ Only whole checkpoints count as "the newest few", so a damaged one never pushes 
 a save has been published, so a failing save removes nothing.
 """
 
+import logging
 from pathlib import Path
 
-from headrace.checkpoint.store import checkpoint_folder, load, remove, steps
+from headrace.checkpoint.reader import checkpoint_folder, open_checkpoint, steps
+from headrace.checkpoint.writer import remove
 from headrace.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 
-def retain(folder: Path, keep: int, keep_every: int | None) -> list[int]:
+
+def retain(folder: Path, keep: int, keep_every: int | None, known: dict[str, bool] | None = None) -> list[int]:
     """Delete checkpoints older than the `keep` newest whole ones, sparing steps that `keep_every` divides.
 
-    Returns the steps that were deleted. Nothing is deleted while fewer than `keep` whole checkpoints exist.
+    known: by the hash of a manifest, whether all that it lists is whole, as far as this process has written or read it;
+    what is not in it is read and added. Returns the steps that were deleted. Nothing is deleted while fewer than
+    `keep` whole checkpoints exist. What cannot be deleted is said and stays.
     """
     assert keep >= 1
+    known = {} if known is None else known
     deleted, whole = [], 0
     for step in reversed(steps(folder)):
         path = checkpoint_folder(folder, step)
         if whole < keep:
-            whole += _is_whole(path)
+            whole += _is_whole(path, known)
         elif not (keep_every and step % keep_every == 0):
-            remove(path)
-            deleted.append(step)
+            try:
+                remove(path)
+                deleted.append(step)
+            except OSError as error:
+                _LOG.warning("the checkpoint of step %d cannot be deleted: %s", step, error)
     return deleted
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, known: dict[str, bool]) -> bool:
     try:
-        load(path)
+        found = open_checkpoint(path)
+        if found.manifest_hash not in known:
+            known[found.manifest_hash] = False
+            found.verify()
+            known[found.manifest_hash] = True
     except UserError:
         return False
-    return True
+    return known[found.manifest_hash]

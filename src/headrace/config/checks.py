@@ -4,7 +4,9 @@
 once. The router's conditions are those under which group-limited top-k is defined (report, section 2.1.2).
 """
 
-from headrace.config.schema import Config, Fp8Config, ModelConfig, ParallelConfig, RecipeConfig, TokenSpan
+from headrace.config.phases import MAIN, RAMP, batches_of, layout_of, phase_names, tokens_in
+from headrace.config.recipe import BatchRampConfig, ExtensionConfig, RecipeConfig, RopeScaling
+from headrace.config.schema import Config, Fp8Config, ModelConfig, ParallelConfig
 
 _TWO_STAGES = ("interleaved_1f1b", "zb_v", "dualpipe_v")
 """Schedules with two pipeline stages on each rank."""
@@ -15,23 +17,17 @@ def problems(config: Config) -> list[str]:
     return [
         *model_problems(config.model),
         *_recipe(config.recipe),
+        *_extensions(config.recipe.extensions, config.model),
         *_precision(config.precision.fp8, "precision.fp8"),
         *_precision(config.study.candidate.fp8, "study.candidate.fp8"),
         *_across_groups(config),
-        *_layout(config),
+        *_layouts(config),
     ]
 
 
 def model_problems(model: ModelConfig) -> list[str]:
     """Impossible combinations within the network alone, for configurations that come from elsewhere."""
     return [*_router(model), *_shapes(model)]
-
-
-def tokens_in(span: TokenSpan, budget: int) -> int:
-    """Tokens that a `TokenSpan` means under a budget of `budget` tokens."""
-    if isinstance(span, int):
-        return span
-    return round(float(span.removesuffix("%")) * budget / 100)
 
 
 def _router(model: ModelConfig) -> list[str]:
@@ -63,22 +59,25 @@ def _shapes(model: ModelConfig) -> list[str]:
         wrong.append(f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even: RoPE rotates pairs")
     if model.rope_theta <= 1:
         wrong.append(f"model.rope_theta={model.rope_theta} must exceed 1")
-    scaling = model.rope_scaling
-    if scaling and scaling.beta_fast <= scaling.beta_slow:
-        wrong.append(
-            f"model.rope_scaling.beta_fast={scaling.beta_fast} must exceed "
-            f"model.rope_scaling.beta_slow={scaling.beta_slow}"
-        )
-    if scaling and scaling.original_max_position_embeddings > model.max_position_embeddings:
-        wrong.append(
-            f"model.rope_scaling.original_max_position_embeddings={scaling.original_max_position_embeddings} exceeds "
-            f"model.max_position_embeddings={model.max_position_embeddings}"
-        )
+    if model.rope_scaling:
+        wrong += _scaling(model.rope_scaling, "model.rope_scaling")
+        original = model.rope_scaling.original_max_position_embeddings
+        if original > model.max_position_embeddings:
+            wrong.append(
+                f"model.rope_scaling.original_max_position_embeddings={original} exceeds "
+                f"model.max_position_embeddings={model.max_position_embeddings}"
+            )
     return wrong
 
 
+def _scaling(scaling: RopeScaling, where: str) -> list[str]:
+    if scaling.beta_fast > scaling.beta_slow:
+        return []
+    return [f"{where}.beta_fast={scaling.beta_fast} must exceed {where}.beta_slow={scaling.beta_slow}"]
+
+
 def _recipe(recipe: RecipeConfig) -> list[str]:
-    wrong = []
+    wrong = _ramp(recipe, recipe.batch_ramp) if recipe.batch_ramp else []
     step = recipe.sequence_length * recipe.batch_sequences
     if recipe.tokens < step:
         wrong.append(f"recipe.tokens={recipe.tokens} is less than one step of {step} tokens")
@@ -92,6 +91,45 @@ def _recipe(recipe: RecipeConfig) -> list[str]:
         )
     if rate.final > rate.peak:
         wrong.append(f"recipe.learning_rate.final={rate.final} exceeds recipe.learning_rate.peak={rate.peak}")
+    return wrong
+
+
+def _ramp(recipe: RecipeConfig, ramp: BatchRampConfig) -> list[str]:
+    wrong = []
+    for name, sequences in (
+        ("batch_ramp.from_sequences", ramp.from_sequences),
+        ("batch_sequences", recipe.batch_sequences),
+    ):
+        if sequences % ramp.multiple:
+            wrong.append(f"recipe.batch_ramp.multiple={ramp.multiple} must divide recipe.{name}={sequences}")
+    if ramp.from_sequences >= recipe.batch_sequences:
+        wrong.append(
+            f"recipe.batch_ramp.from_sequences={ramp.from_sequences} must be less than "
+            f"recipe.batch_sequences={recipe.batch_sequences}"
+        )
+    tokens, step = tokens_in(ramp.tokens, recipe.tokens), recipe.sequence_length * recipe.batch_sequences
+    if recipe.tokens >= step > recipe.tokens - tokens - step:
+        wrong.append(
+            f"recipe.batch_ramp.tokens={ramp.tokens} leaves less than two whole steps of {step} tokens of "
+            f"recipe.tokens={recipe.tokens}"
+        )
+    return wrong
+
+
+def _extensions(extensions: tuple[ExtensionConfig, ...], model: ModelConfig) -> list[str]:
+    wrong, names = [], [RAMP, MAIN]
+    for extension in extensions:
+        where, scaling = f"recipe.extensions.{extension.name}", extension.rope_scaling
+        if extension.name in names:
+            wrong.append(f"recipe.extensions: {extension.name} is the name of another phase")
+        names.append(extension.name)
+        reach = max(model.max_position_embeddings, scaling.factor * scaling.original_max_position_embeddings)
+        if extension.sequence_length > reach:
+            wrong.append(
+                f"{where}.sequence_length={extension.sequence_length} does not fit {reach:.0f} positions: neither "
+                f"model.max_position_embeddings nor {where}.rope_scaling.factor x original_max_position_embeddings"
+            )
+        wrong += _scaling(scaling, f"{where}.rope_scaling")
     return wrong
 
 
@@ -124,6 +162,10 @@ def _across_groups(config: Config) -> list[str]:
             f"recipe.sequence_length={config.recipe.sequence_length} does not fit "
             f"model.max_position_embeddings={config.model.max_position_embeddings}"
         )
+    if config.convert.weights == "ema" and config.recipe.ema_decay is None:
+        wrong.append(
+            "convert.weights=ema needs recipe.ema_decay, since no moving average of the weights is kept without"
+        )
     if config.corpus.source == "files" and not config.corpus.paths:
         wrong.append("corpus.source=files needs corpus.paths, e.g. set='corpus.paths=[data/*.jsonl]'")
     if config.tokenizer.source == "file" and not config.tokenizer.path:
@@ -138,22 +180,41 @@ def _across_groups(config: Config) -> list[str]:
     return wrong
 
 
-def _layout(config: Config) -> list[str]:
-    """A layout that the pipeline and the expert dispatch can run: ranks, microbatches, layers, experts."""
-    layout, sequences = config.parallel, config.recipe.batch_sequences
+def _layouts(config: Config) -> list[str]:
+    """Every phase has a layout that the pipeline and the expert dispatch can run: microbatches, layers, experts."""
+    names = phase_names(config.recipe)
+    own = [given.phase for given in config.parallel.phases]
+    wrong = [f"parallel.phases names {name}; the recipe has {', '.join(names)}" for name in own if name not in names]
+    wrong += [f"parallel.phases names {name} more than once" for name in dict.fromkeys(own) if own.count(name) > 1]
+    for name in names:
+        layout = layout_of(config.parallel, name)
+        found = [*_batches(config.recipe, name, layout), *_stages(layout, config.model), *_experts(config, layout)]
+        wrong += [f"in phase {name}: {line}" for line in found] if name in own else found
+    return list(dict.fromkeys(wrong))
+
+
+def _batches(recipe: RecipeConfig, phase: str, layout: ParallelConfig) -> list[str]:
+    """The first batch of the phase that does not divide over the layout, or whose schedule does not exist."""
+    ramp, own = "a step of recipe.batch_ramp with batch", f"recipe.extensions.{phase}.batch_sequences"
+    key = {MAIN: "recipe.batch_sequences", RAMP: ramp}.get(phase, own)
+    for sequences in batches_of(recipe, phase):
+        if wrong := _batch(f"{key}={sequences}", sequences, layout):
+            return wrong
+    return []
+
+
+def _batch(key: str, sequences: int, layout: ParallelConfig) -> list[str]:
     if sequences % layout.data:
-        wrong = [f"parallel.data={layout.data} must divide recipe.batch_sequences={sequences}"]
-    elif (rows := sequences // layout.data) % (layout.microbatch or 1):
-        wrong = [
-            f"parallel.microbatch={layout.microbatch} must divide the {rows} rows that each data rank gets of "
-            f"recipe.batch_sequences={sequences}"
+        return [f"parallel.data={layout.data} must divide {key}"]
+    rows = sequences // layout.data
+    if rows % (layout.microbatch or 1):
+        return [
+            f"parallel.microbatch={layout.microbatch} must divide the {rows} rows that each data rank gets of {key}"
         ]
-    else:
-        wrong = _schedule(layout, rows // (layout.microbatch or rows))
-    return wrong + _stages(layout, config.model) + _experts(config)
+    return _schedule(key, layout, rows // (layout.microbatch or rows))
 
 
-def _schedule(layout: ParallelConfig, microbatches: int) -> list[str]:
+def _schedule(key: str, layout: ParallelConfig, microbatches: int) -> list[str]:
     """Where each schedule exists; 1f1b, zb1p and zb_v do for all numbers (see `pipeline/generators.py`)."""
     ranks, name = layout.pipeline, layout.schedule
     needed = {
@@ -171,7 +232,7 @@ def _schedule(layout: ParallelConfig, microbatches: int) -> list[str]:
     if exists:
         return []
     return [
-        f"parallel.schedule={name} with parallel.pipeline={ranks} needs {needs}; recipe.batch_sequences, parallel.data "
+        f"parallel.schedule={name} with parallel.pipeline={ranks} needs {needs}; {key}, parallel.data "
         f"and parallel.microbatch make {microbatches} of them (zb1p and auto take any number)"
     ]
 
@@ -193,8 +254,8 @@ def _stages(layout: ParallelConfig, model: ModelConfig) -> list[str]:
     return wrong
 
 
-def _experts(config: Config) -> list[str]:
-    layout, model, fp8 = config.parallel, config.model, config.precision.fp8
+def _experts(config: Config, layout: ParallelConfig) -> list[str]:
+    model, fp8 = config.model, config.precision.fp8
     expert, node = layout.expert, layout.node_size
     wrong = []
     if layout.data % expert:

@@ -11,10 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from headrace.config.checks import problems
@@ -34,6 +30,12 @@ def load(overrides: Sequence[str] = (), conf: Path = CONF) -> Config:
     unsafe = [word for word in overrides if "${" in word]
     if unsafe:
         raise UserError(f"config: {unsafe[0]!r}: interpolations are not accepted on the command line; write the value")
+    # Here, so that ranks, which are started again after a fault and compose nothing, start half a second earlier.
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         with hydra.initialize_config_dir(config_dir=str(conf), version_base="1.3"):
             tree = hydra.compose("config", overrides=list(overrides))

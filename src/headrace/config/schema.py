@@ -9,41 +9,26 @@ values; conditions across fields are in `checks.py`.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import Field
 
-_CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-
-
-def _check_span(value: int | str) -> int | str:
-    if isinstance(value, str):
-        number = value.removesuffix("%")
-        if number == value or not number.replace(".", "", 1).isdigit() or not 0 <= float(number) <= 100:
-            raise ValueError("give a number of tokens or a share of recipe.tokens such as '60%'")
-    elif value < 0:
-        raise ValueError("a number of tokens cannot be negative")
-    return value
-
-
-TokenSpan = Annotated[int | str, AfterValidator(_check_span)]
-"""A number of tokens, or a share of `recipe.tokens` written as '60%'."""
-
-
-ScaleFormat = Literal["fp32", "power_of_two"]
-Schedules = Literal["auto", "1f1b", "interleaved_1f1b", "zb1p", "zb_v", "dualpipe", "dualpipe_v"]
+from headrace.config.recipe import RecipeConfig, RopeScaling
+from headrace.config.values import (
+    CLOSED,
+    Count,
+    Fraction,
+    Positive,
+    PositiveFloat,
+    ScaleFormat,
+    Schedules,
+    Share,
+)
 
 
 @dataclass(frozen=True)
 class SeedConfig:
     """Seeds: `init` draws the weights, `data` orders the rows."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     init: Count
     data: Count
 
@@ -52,7 +37,7 @@ class SeedConfig:
 class CorpusConfig:
     """Where text comes from and how it is split into train, validation and held-out documents."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     source: Literal["environment", "files"]
     paths: tuple[str, ...]  # files, folders or globs; used by source=files
     packages: bool  # source=environment: installed packages beside the standard library
@@ -69,7 +54,7 @@ class CorpusConfig:
 class TokenizerConfig:
     """Byte-level BPE with V3's pretokeniser, trained here or read from a tokenizer.json."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     source: Literal["train", "file"]
     path: str | None  # source=file: the tokenizer.json
     vocab_size: Annotated[int, Field(ge=264)]  # 256 bytes and the control tokens are always there
@@ -80,7 +65,7 @@ class TokenizerConfig:
 class TokensConfig:
     """Text to token shards."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     engine: Literal["auto", "fastokens", "tokenizers"]
     shards: Annotated[int, Field(ge=1, le=100_000)]  # output shards of the training split
     shards_per_job: Positive  # one job makes so many, so that the DAG stays small
@@ -88,24 +73,10 @@ class TokensConfig:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """YaRN (arXiv 2309.00071), in the keys of the Hub's config.json."""
-
-    __pydantic_config__ = _CLOSED
-    type: Literal["yarn"]
-    factor: Annotated[float, Field(ge=1)]
-    beta_fast: PositiveFloat
-    beta_slow: PositiveFloat
-    mscale: NonNegativeFloat
-    mscale_all_dim: NonNegativeFloat
-    original_max_position_embeddings: Positive
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """The V3 network, in the keys of the Hub's config.json (report: arXiv 2412.19437, section 4.2)."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     vocab_size: Positive  # rows of embedding and head
     hidden_size: Positive  # d
     intermediate_size: Positive  # dense feed-forward
@@ -137,7 +108,7 @@ class ModelConfig:
 class Fp8Config:
     """FP8 matrix multiplications (report, section 3.3): tiles, scales, accumulation, caches. Values are E4M3."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     backend: Literal["auto", "reference", "triton", "scaled_mm", "gluon", "deep_gemm"]
     activation_tile: Literal["1x128", "tensor"]  # what shares a scale in activations
     gradient_tile: Literal["1x128", "128x128", "tensor"]  # and in gradients of activations; 128x1 for weight gradients
@@ -157,7 +128,7 @@ class Fp8Config:
 class RecomputeConfig:
     """What the backward pass computes again instead of keeping (report, section 3.2.3)."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     norms: bool  # outputs of RMSNorm
     up_projections: bool  # queries, keys and values of MLA
     swiglu: bool  # output of SwiGLU
@@ -167,7 +138,7 @@ class RecomputeConfig:
 class PrecisionConfig:
     """What runs in which format. Master weights and gradients are always FP32, as is the router."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     compute: Literal["fp32", "bf16"]  # activations, and matrix multiplications that are not in FP8
     fp8: Fp8Config | None  # null: no FP8
     recompute: RecomputeConfig
@@ -175,108 +146,10 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW, or Muon for matrices (stacked experts included) with AdamW for the rest."""
-
-    __pydantic_config__ = _CLOSED
-    name: Literal["adamw", "muon"]
-    beta1: Fraction
-    beta2: Fraction
-    eps: PositiveFloat
-    weight_decay: NonNegativeFloat
-    muon_learning_rate: PositiveFloat  # peak for Muon's matrices; follows the same shape as learning_rate
-    muon_momentum: Fraction
-    gradient_clip: PositiveFloat  # global norm
-
-
-@dataclass(frozen=True)
-class ConstantPhase:
-    """A learning rate held for so many tokens at the end of the run."""
-
-    __pydantic_config__ = _CLOSED
-    tokens: TokenSpan
-    value: PositiveFloat
-
-
-@dataclass(frozen=True)
-class LearningRateConfig:
-    """Linear warm-up in steps; constant, cosine and tail in tokens (report, section 4.2)."""
-
-    __pydantic_config__ = _CLOSED
-    peak: PositiveFloat
-    warmup_steps: Count
-    constant: TokenSpan  # tokens from the run's start to the start of the decay
-    cosine: TokenSpan  # tokens over which the rate falls from peak to final
-    final: NonNegativeFloat
-    tail: tuple[ConstantPhase, ...]  # phases after the decay
-
-
-@dataclass(frozen=True)
-class BalanceConfig:
-    """Load balancing: the selection bias (arXiv 2408.15664) and the sequence-wise loss (report, eq. 17-20)."""
-
-    __pydantic_config__ = _CLOSED
-    bias_update_speed: NonNegativeFloat  # gamma
-    bias_update_until: TokenSpan  # tokens after which gamma is 0
-    loss_weight: NonNegativeFloat  # alpha
-
-
-@dataclass(frozen=True)
-class MtpConfig:
-    """Weight of the multi-token-prediction loss (lambda), which changes once."""
-
-    __pydantic_config__ = _CLOSED
-    weight: NonNegativeFloat
-    later_weight: NonNegativeFloat
-    switch: TokenSpan
-
-
-@dataclass(frozen=True)
-class BatchRampConfig:
-    """Growth of the batch at the run's beginning (report, section 4.2, which does not publish its shape)."""
-
-    __pydantic_config__ = _CLOSED
-    from_sequences: Positive  # sequences of the first step
-    tokens: TokenSpan  # tokens over which the batch grows to recipe.batch_sequences
-    shape: Literal["linear", "exponential"]  # in tokens seen
-    multiple: Positive  # every batch of the ramp is a multiple of it, so that it divides over the layout
-
-
-@dataclass(frozen=True)
-class ExtensionConfig:
-    """One phase of context extension after the budget is used up (report, section 4.3)."""
-
-    __pydantic_config__ = _CLOSED
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    steps: Positive
-    sequence_length: Positive
-    batch_sequences: Positive
-    learning_rate: PositiveFloat  # constant
-    rope_scaling: RopeScaling  # of the model from this phase on
-
-
-@dataclass(frozen=True)
-class RecipeConfig:
-    """Everything that changes with tokens seen."""
-
-    __pydantic_config__ = _CLOSED
-    tokens: Positive  # the run's budget, context extension not counted
-    sequence_length: Positive
-    batch_sequences: Positive  # sequences per optimizer step, after the ramp
-    batch_ramp: BatchRampConfig | None  # null: the same batch from the first step on
-    extensions: tuple[ExtensionConfig, ...]  # phases of context extension, in order
-    ema_decay: Share | None  # of the moving average of the weights, per step; null keeps none
-    optimizer: OptimizerConfig
-    learning_rate: LearningRateConfig
-    balance: BalanceConfig
-    mtp: MtpConfig
-
-
-@dataclass(frozen=True)
 class SpikeConfig:
     """A loss far above the recent ones, and what is done about it."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     policy: Literal["go_on", "skip", "rollback"]
     factor: Annotated[float, Field(gt=1)]  # a spike is a loss above so many times the mean of the last `window`
     window: Positive  # steps; none is a spike before so many
@@ -286,7 +159,7 @@ class SpikeConfig:
 class TrainConfig:
     """What one training run starts from and watches."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     from_: Annotated[str | None, Field(alias="from", pattern=r"^[0-9a-f]{12}@[0-9]+$")]  # <pretrain fingerprint>@<step>
     validate_every: Positive  # steps between two measurements of the validation loss
     validation_rows: Positive
@@ -298,7 +171,7 @@ class TrainConfig:
 class ConvertConfig:
     """Training checkpoint to Hub folder."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     dtype: Literal["fp8", "bf16", "fp32"]
     unaligned: Literal["deepseek", "bf16"]  # dtype=fp8: matrices that are no multiples of 128
     step: Positive | None  # which kept checkpoint; null takes the last
@@ -310,7 +183,7 @@ class ConvertConfig:
 class StudyConfig:
     """precision_study: FP8 against BF16 with paired seeds, and ablations (report, section 3.3 and appendix B)."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     baseline: PrecisionConfig
     candidate: PrecisionConfig  # differs from the baseline by its FP8
     pairs: Annotated[int, Field(ge=2)]  # seeds; each trains baseline and candidate
@@ -324,7 +197,7 @@ class StudyConfig:
 class EvaluateConfig:
     """What is measured on the converted model."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     tasks: tuple[Literal["humaneval_likelihood", "reasoning_gym"], ...]
     items: Positive  # items per task at most
     heldout_rows: Positive  # rows of held-out text for bits per byte
@@ -337,7 +210,7 @@ class EvaluateConfig:
 class PublishConfig:
     """What is published, and where."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # null writes the local folder only
     private: bool
     kernels: Annotated[str, Field(pattern=r"^[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*$", max_length=96)] | None
@@ -350,7 +223,7 @@ class PublishConfig:
 class PhaseLayoutConfig:
     """What is different in one phase of the recipe; null is as elsewhere. World stays pipeline x data."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     phase: str  # ramp, main, or the name of a context extension
     pipeline: Positive | None
     expert: Positive | None
@@ -364,7 +237,7 @@ class PhaseLayoutConfig:
 class ParallelConfig:
     """The layout: world = pipeline x data. Never hashed: it does not change what is computed."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     pipeline: Positive
     expert: Positive
     data: Positive
@@ -380,7 +253,7 @@ class ParallelConfig:
 class LaunchConfig:
     """How a stage is started on this machine."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     device: Literal["cpu", "cuda", "auto"]
     threads: Positive | None  # CPU threads of one process; null shares all cores among the ranks of this machine
     start: Literal["local", "srun", "torchrun"]  # how the ranks of a layout with more than one are started
@@ -395,7 +268,7 @@ class LaunchConfig:
 class CheckpointConfig:
     """When training state is saved and what is kept."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     interval: Positive | Literal["auto"]  # steps between two saves; auto: from measured times and `faults_per_day`
     faults_per_day: PositiveFloat  # of one machine, for interval=auto
     asynchronous: bool  # training goes on while a copy of its state is written
@@ -408,7 +281,7 @@ class CheckpointConfig:
 class TrackingConfig:
     """The tracked run of a stage: JSONL always, Weights & Biases beside it."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     wandb: Literal["offline", "online", "disabled"]
     project: str
     entity: str | None
@@ -420,7 +293,7 @@ class TrackingConfig:
 class PathsConfig:
     """Where results lie."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     results: str
 
 
@@ -428,7 +301,7 @@ class PathsConfig:
 class Config:
     """The whole tree, as `conf/config.yaml` composes it."""
 
-    __pydantic_config__ = _CLOSED
+    __pydantic_config__ = CLOSED
     seed: SeedConfig
     corpus: CorpusConfig
     tokenizer: TokenizerConfig

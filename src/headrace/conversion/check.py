@@ -1,9 +1,10 @@
 """Proof that an exported folder holds the checkpoint's numbers: every element of every tensor, bit by bit.
 
-This is a second reading, not a replay of the first: it opens the files with safetensors directly, takes tensor names
-from what is in the folder, and rounds to BF16 and FP8 with integer arithmetic of its own (`fp8_blocks.py`). So a fault
-in `names.py`, `fp8_layout.py`, `export.py`, `streaming.py` or `headrace.fp8` cannot hide itself here. It costs one
-reading of both files. `expected_values` is the same knowledge for whoever runs the model.
+This is a second reading, not a replay of the first: it opens the files with safetensors directly and the checkpoint's
+slices by itself (`original.py`), takes tensor names from what is in the folder, and rounds to BF16 and FP8 with integer
+arithmetic of its own (`fp8_blocks.py`). So a fault in `names.py`, `fp8_layout.py`, `export.py`, `streaming.py`,
+`headrace.fp8` or `headrace.checkpoint` cannot hide itself here. It costs one reading of both.
+`expected_values` is the same knowledge for whoever runs the model.
 """
 
 import re
@@ -15,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.artifacts.files import read_json
-from headrace.artifacts.tensors import load_tensors
 from headrace.config.schema import ModelConfig
 from headrace.conversion import fp8_blocks
 from headrace.conversion.hub_config import read_hub_config
+from headrace.conversion.original import Original, open_original, open_safetensors
 from headrace.errors import UserError
 from headrace.model.initialisation import standard_deviation
 
@@ -55,42 +55,43 @@ class _Format:
         return self.dtype
 
 
-def verify_export(hub_folder: Path, checkpoint_model_file: Path, config: ModelConfig) -> int:
+def verify_export(hub_folder: Path, checkpoint: Path, config: ModelConfig, kind: str = "model") -> int:
     """Compare `hub_folder` with the checkpoint it was made from; returns the number of elements compared.
 
+    checkpoint: a folder with slices, of which `kind` was exported, or a safetensors file.
     Raises `UserError` naming the first tensor, file or key that is missing, left over or different.
     """
     promised = _checked_format(hub_folder, config)
     mapped, total_size = _index(hub_folder)
     size, elements = 0, 0
     seen: set[str] = set()
-    with _open(checkpoint_model_file) as checkpoint:
-        for file in _shards(hub_folder, mapped):
-            with _open(file) as shard:
-                names = _checked_names(file, shard, mapped)
-                for name in names:
-                    found = shard.get_tensor(name)
-                    seen.add(name)
-                    size += found.nbytes
-                    if name.endswith(_SCALES):
-                        _check_scales_belong(file, name, names, promised)
-                        continue
-                    _check_kind(file, name, found, original := _original(file, name, checkpoint, config), promised)
-                    if found.dtype == torch.float8_e4m3fn:
-                        _compare_fp8(file, name, found, _scales(file, name, shard, names), original)
-                    else:
-                        _compare(file, name, found, original)
-                    elements += found.numel()
-        _check_complete(hub_folder, checkpoint, config, seen)
+    source = open_original(checkpoint, kind)
+    for file in _shards(hub_folder, mapped):
+        with open_safetensors(file) as shard:
+            names = _checked_names(file, shard, mapped)
+            for name in names:
+                found = shard.get_tensor(name)
+                seen.add(name)
+                size += found.nbytes
+                if name.endswith(_SCALES):
+                    _check_scales_belong(file, name, names, promised)
+                    continue
+                _check_kind(file, name, found, original := _original(file, name, source, config), promised)
+                if found.dtype == torch.float8_e4m3fn:
+                    _compare_fp8(file, name, found, _scales(file, name, shard, names), original)
+                else:
+                    _compare(file, name, found, original)
+                elements += found.numel()
+    _check_complete(hub_folder, source, config, seen)
     if total_size != size:
         raise UserError(f"{hub_folder}: the index says total_size {total_size}, it is {size}; export again")
     return elements
 
 
-def expected_values(hub_folder: Path, checkpoint_model_file: Path) -> dict[str, Tensor]:
+def expected_values(hub_folder: Path, checkpoint: Path, kind: str = "model") -> dict[str, Tensor]:
     """The checkpoint's tensors, by its names, with the values that the exported folder must give them, in FP32."""
-    promised = _format(hub_folder)
-    tensors = load_tensors(checkpoint_model_file)
+    promised, source = _format(hub_folder), open_original(checkpoint, kind)
+    tensors = {name: source.read(name) for name in source.shapes()}
     for name, tensor in tensors.items():
         dtype = promised.of(name)
         if dtype == torch.float8_e4m3fn:
@@ -142,13 +143,6 @@ def _index(hub_folder: Path) -> tuple[dict[str, str], int]:
         raise UserError(f"{path}: not an index of weight files; export again") from None
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); export again") from None
-
-
 def _shards(hub_folder: Path, mapped: dict[str, str]) -> list[Path]:
     """Files of the index, which must be exactly the safetensors files that are there."""
     listed, present = set(mapped.values()), {path.name for path in hub_folder.glob("*.safetensors")}
@@ -179,14 +173,14 @@ def _copies(config: ModelConfig) -> dict[str, str]:
     }
 
 
-def _original(file: Path, name: str, checkpoint: Any, config: ModelConfig) -> Tensor:
+def _original(file: Path, name: str, source: Original, config: ModelConfig) -> Tensor:
     """What the checkpoint holds for a tensor of the Hub layout."""
     expert = _EXPERT.fullmatch(name)
-    source = f"{expert[1]}.{expert[3]}" if expert else _copies(config).get(name, name)
     try:
-        tensor: Tensor = checkpoint.get_tensor(source)
-        return tensor[int(expert[2])] if expert else tensor
-    except (SafetensorError, IndexError):
+        if expert:
+            return source.read(f"{expert[1]}.{expert[3]}", int(expert[2]))
+        return source.read(_copies(config).get(name, name))
+    except KeyError:
         raise UserError(f"{file}: tensor {name} has no original in the checkpoint; export again") from None
 
 
@@ -256,13 +250,12 @@ def _round_to_bfloat16(bits: NDArray[np.uint32]) -> NDArray[Any]:
     return ((bits + carry) >> np.uint32(16)).astype(np.uint16)
 
 
-def _check_complete(hub_folder: Path, checkpoint: Any, config: ModelConfig, seen: set[str]) -> None:
+def _check_complete(hub_folder: Path, source: Original, config: ModelConfig, seen: set[str]) -> None:
     needed = list(_copies(config))
-    for name in list(checkpoint.keys()):
+    for name, shape in source.shapes().items():
         prefix, stacked, projection = name.partition(".mlp.experts.")
         if stacked:
-            experts = checkpoint.get_slice(name).get_shape()[0]
-            needed += [f"{prefix}.mlp.experts.{expert}.{projection}" for expert in range(experts)]
+            needed += [f"{prefix}.mlp.experts.{expert}.{projection}" for expert in range(shape[0])]
         else:
             needed.append(name)
     for name in needed:

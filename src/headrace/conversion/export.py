@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from headrace.artifacts.files import write_json
-from headrace.artifacts.tensors import TensorFile, open_tensors
+from headrace.checkpoint.reader import TensorSource, tensors_of
 from headrace.config.schema import ModelConfig
 from headrace.conversion.fp8_layout import SCALE_SUFFIX, Unaligned, fp8_weights, quantization_config, scales_shape
 from headrace.conversion.hub_config import CONFIG, Dtype, write_hub_config
@@ -52,20 +52,22 @@ class Exported:
 
 
 def export(
-    checkpoint_tensors: Path,
+    checkpoint: Path,
     config: ModelConfig,
     tokenizer_folder: Path,
     out: Path,
     dtype: Dtype,
     max_shard_bytes: int,
     unaligned: Unaligned = "deepseek",
+    kind: str = "model",
 ) -> Exported:
-    """Write the Hub folder `out` (new or empty) from a checkpoint's `model.safetensors`.
+    """Write the Hub folder `out` (new or empty) from a checkpoint: a folder with its slices, or a safetensors file.
 
-    A shard holds at most `max_shard_bytes` of tensors, or one tensor (with its scales) that alone is larger.
-    unaligned: what FP8 does with matrices that are no multiples of 128, see `fp8_layout.py`. Memory: one checkpoint
-    tensor and a cast. Raises `UserError` for a missing, unknown, wrongly shaped or non-FP32 tensor and for values that
-    are not finite, each by name, and where FP8 would leave out everything.
+    kind: of the folder's tensors, `model` or `ema`. config: of the network at the checkpoint's step.
+    unaligned: what FP8 does with matrices that are no multiples of 128, see `fp8_layout.py`. A shard holds at most
+    `max_shard_bytes` of tensors, or one tensor (with its scales) that alone is larger. Memory: one checkpoint tensor
+    and a cast. Raises `UserError` for a missing, unknown, wrongly shaped or non-FP32 tensor and for values that are not
+    finite, each by name, and where FP8 would leave out everything.
     """
     tokens = read_special_tokens(tokenizer_folder, config.vocab_size)
     out.mkdir(parents=True, exist_ok=True)
@@ -74,9 +76,9 @@ def export(
     tensors = hub_tensors(config)
     fp8 = _chosen(tensors, dtype, unaligned)
     shards = plan_shards([_stored(tensor, _TORCH[dtype], tensor.name in fp8) for tensor in tensors], max_shard_bytes)
-    with open_tensors(checkpoint_tensors) as checkpoint:
-        _check_checkpoint(checkpoint, config)
-        _write_shards(checkpoint, tensors, shards, out)
+    with tensors_of(checkpoint, kind) as source:
+        _check_source(source, config)
+        _write_shards(source, tensors, shards, out)
     total = sum(planned.bytes for plan in shards.values() for planned in plan.values())
     weight_map = {name: file for file, plan in shards.items() for name in plan}
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -131,18 +133,16 @@ def plan_shards(groups: list[dict[str, PlannedTensor]], max_shard_bytes: int) ->
     return {f"model-{number:05d}-of-{len(plans):06d}.safetensors": plan for number, plan in enumerate(plans, 1)}
 
 
-def _check_checkpoint(checkpoint: TensorFile, config: ModelConfig) -> None:
-    infos = {name: checkpoint.info(name) for name in checkpoint.keys()}  # noqa: SIM118 - TensorFile is no mapping
-    check_tensors(checkpoint.path, {name: info.shape for name, info in infos.items()}, checkpoint_shapes(config))
+def _check_source(source: TensorSource, config: ModelConfig) -> None:
+    infos = {name: source.info(name) for name in source.keys()}  # noqa: SIM118 - a source is no mapping
+    check_tensors(source.path, {name: info.shape for name, info in infos.items()}, checkpoint_shapes(config))
     for name, info in infos.items():
         if info.dtype != "F32":
-            raise UserError(
-                f"{checkpoint.path}: tensor {name} is {info.dtype}; a training checkpoint holds F32 weights"
-            )
+            raise UserError(f"{source.path}: tensor {name} is {info.dtype}; a training checkpoint holds F32 weights")
 
 
 def _write_shards(
-    checkpoint: TensorFile,
+    source: TensorSource,
     tensors: list[HubTensor],
     shards: Mapping[str, Mapping[str, PlannedTensor]],
     out: Path,
@@ -151,8 +151,8 @@ def _write_shards(
     shard_of = {name: file for file, plan in shards.items() for name in plan}
     with ExitStack() as stack:
         current, writer = "", None
-        for source, pieces in groupby(tensors, key=lambda tensor: tensor.source):
-            weights = checkpoint.get(source)
+        for name, pieces in groupby(tensors, key=lambda tensor: tensor.source):
+            weights = source.get(name)
             for piece in pieces:
                 file = shard_of[piece.name]
                 if writer is None or file != current:
@@ -160,8 +160,8 @@ def _write_shards(
                     current = file
                     writer = stack.enter_context(TensorWriter(out / file, shards[file], METADATA))
                 part = weights if piece.expert is None else weights[piece.expert]
-                for name, tensor in _cast(checkpoint.path, piece, part, shards[file][piece.name].dtype).items():
-                    writer.write(name, tensor)
+                for stored, tensor in _cast(source.path, piece, part, shards[file][piece.name].dtype).items():
+                    writer.write(stored, tensor)
 
 
 def _cast(path: Path, piece: HubTensor, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

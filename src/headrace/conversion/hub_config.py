@@ -21,7 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from headrace.artifacts.files import read_json
 from headrace.config.checks import model_problems
-from headrace.config.schema import ModelConfig, RopeScaling
+from headrace.config.recipe import RopeScaling
+from headrace.config.schema import ModelConfig
 from headrace.conversion.fp8_layout import check_quantization_config
 from headrace.conversion.special_tokens import SpecialTokens
 from headrace.errors import UserError

@@ -67,7 +67,7 @@ class Comparison:
 
 def measure(
     agreement_file: Path,
-    checkpoint_model_file: Path,
+    checkpoint: Path,
     hub_folder: Path,
     config: ModelConfig,
     numerics: Numerics | Compute,
@@ -75,19 +75,20 @@ def measure(
     exported: TransformersScorer,
     final: bool = True,
     device: str = "cpu",
+    kind: str = "model",
 ) -> dict[str, Any]:
     """Compare the three forms.
 
     agreement_file: `tokens` int64 [R, T + 1] and `log_probabilities` float32 [R, T], computed row by row by the model
-    in memory at the end of training; numerics: of training; final: whether the checkpoint is that end. An earlier step
-    has nothing in memory to be compared with: the first and third comparison are left out. dtype: of the export, bf16,
-    fp8 or fp32.
+    in memory at the end of training; numerics: of training; checkpoint, kind: what was exported, as for `export`;
+    final: whether it is the weights at that end. An earlier step and the moving average have nothing in memory to be
+    compared with: the first and third comparison are left out. dtype: of the export, bf16, fp8 or fp32.
     Returns comparisons, fail lines and `passed`. Raises `UserError` where a file is malformed or a weight differs.
     """
-    elements = verify_export(hub_folder, checkpoint_model_file, config)
+    elements = verify_export(hub_folder, checkpoint, config, kind)
     tokens, in_memory = _read(agreement_file)
-    values = expected_values(hub_folder, checkpoint_model_file)
-    rounded = TransformerScorer.of(values, checkpoint_model_file, config, "fp32", device)
+    values = expected_values(hub_folder, checkpoint, kind)
+    rounded = TransformerScorer.of(values, checkpoint, config, "fp32", device)
     with _router_gaps(exported.model) as gaps:
         export = _by_row(exported, tokens)
     comparisons = [
@@ -100,7 +101,7 @@ def measure(
         )
     ]
     if final:
-        reloaded = TransformerScorer.load(checkpoint_model_file, config, numerics, device)
+        reloaded = TransformerScorer.load(checkpoint, config, numerics, device, kind)
         comparisons.insert(
             0, _compare("in memory / reloaded checkpoint", in_memory, _by_row(reloaded, tokens), RELOAD_LINE)
         )

@@ -37,20 +37,21 @@ _VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "lm-eval", "reasoni
 class Inputs:
     """What is evaluated.
 
-    hub_folder: the exported model; checkpoint_model_file: the checkpoint it was made from; agreement_file: pretrain's
-    `agreement.safetensors`; heldout: `heldout.parquet`; tokenizer_folder: the tokenizer artifact;
+    hub_folder: the exported model; checkpoint, kind: what it was made from, as for `conversion.export`; agreement_file:
+    pretrain's `agreement.safetensors`; heldout: `heldout.parquet`; tokenizer_folder: the tokenizer artifact;
     training_rows: returns the rows the model was trained on, integer [R, L + 1], in the order seen (repeats allowed);
-    identity: what to call all this in the results (manifest hashes, fingerprints); final: whether the checkpoint is the
-    end of training, which `agreement_file` describes, and not an earlier step that was kept.
+    identity: what to call all this in the results (manifest hashes, fingerprints); final: whether it was made from the
+    weights at the end of training, which `agreement_file` describes: not from an earlier step or a moving average.
     """
 
     hub_folder: Path
-    checkpoint_model_file: Path
+    checkpoint: Path
     agreement_file: Path
     heldout: Path
     tokenizer_folder: Path
     training_rows: Callable[[], NDArray[np.integer]]
     identity: Mapping[str, str]
+    kind: str = "model"
     final: bool = True
 
 
@@ -78,7 +79,7 @@ def evaluate(
     scorer = TransformersScorer.load(inputs.hub_folder, device)
     agreed = agreement.measure(
         inputs.agreement_file,
-        inputs.checkpoint_model_file,
+        inputs.checkpoint,
         inputs.hub_folder,
         model,
         numerics,
@@ -86,6 +87,7 @@ def evaluate(
         scorer,
         inputs.final,
         device,
+        inputs.kind,
     )
     agreement.require(agreed)
     clock.mark("agreement", "; ".join(f"{c['compared']} {c['largest']:.2g}" for c in agreed["comparisons"]) + " nats")

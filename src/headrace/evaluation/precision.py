@@ -31,12 +31,13 @@ VERDICTS = ("within", "mean within", "beyond", "diverged")
 """The interval within the line; the mean only; neither; not to be told since a run diverged."""
 
 
-def study_facts(runs: Sequence[dict[str, Any]], smoothing: float, steps: int, step_tokens: int) -> dict[str, Any]:
-    """The content of study.json.
+def study_facts(runs: Sequence[dict[str, Any]], smoothing: float, tokens: Sequence[int]) -> dict[str, Any]:
+    """The content of study.json; `tokens` are those seen after each step.
 
     A run: `name`, `role` (baseline, candidate or an ablation), `pair`, `format`, `losses` (one per step, None where not
     finite), `validation_loss`, `diverged_at`, and anything else that is to be kept of it.
     """
+    steps = len(tokens)
     curves = {run["name"]: smooth(run["losses"], smoothing, steps) for run in runs}
     baselines, candidates = _of(runs, "baseline"), _of(runs, "candidate")
     compared = compare(_stack(curves, baselines), _stack(curves, candidates))
@@ -55,7 +56,7 @@ def study_facts(runs: Sequence[dict[str, Any]], smoothing: float, steps: int, st
         "smoothing": smoothing,
         "pairs": len(baselines),
         "steps": steps,
-        "tokens": steps * step_tokens,
+        "tokens": tokens[-1],
         "difference": {
             "second_half": _json(compared.second_half, compared.second_half_each),
             "end": _json(compared.end, compared.end_each),
@@ -74,7 +75,7 @@ def study_facts(runs: Sequence[dict[str, Any]], smoothing: float, steps: int, st
             for run in ablations
         },
         "curves": {
-            "tokens": [int(step + 1) * step_tokens for step in kept],
+            "tokens": [tokens[step] for step in kept],
             "mean": thin(compared.band.mean),
             "low": thin(compared.band.low),
             "high": thin(compared.band.high),

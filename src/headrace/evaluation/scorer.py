@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.utils import logging
 
-from headrace.artifacts.tensors import load_tensors
+from headrace.checkpoint.reader import tensors_of
 from headrace.config.schema import ModelConfig
 from headrace.conversion.hub_config import is_quantised, read_hub_config
 from headrace.conversion.hub_folder import open_hub_folder
@@ -116,10 +116,17 @@ class TransformerScorer:
 
     @classmethod
     def load(
-        cls, path: Path, config: ModelConfig, numerics: Numerics | Compute, device: str = "cpu"
+        cls,
+        checkpoint: Path,
+        config: ModelConfig,
+        numerics: Numerics | Compute,
+        device: str = "cpu",
+        kind: str = "model",
     ) -> "TransformerScorer":
-        """Load a training checkpoint's model.safetensors. Raises `UserError` as `of` does."""
-        return cls.of(load_tensors(path), path, config, numerics, device)
+        """Load a training checkpoint: its folder or a safetensors file. Raises `UserError` as `of` does."""
+        with tensors_of(checkpoint, kind) as source:
+            tensors = {name: source.get(name) for name in source.keys()}  # noqa: SIM118 - a source is no mapping
+        return cls.of(tensors, checkpoint, config, numerics, device)
 
     @classmethod
     def of(

@@ -12,11 +12,12 @@ a short grace are looked at together, and the first of these is named, among equ
 Everything here is a pure function of what the supervisor saw.
 """
 
+import math
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from headrace.launch.wire import PATIENCE_SECONDS, STOPPED, Beat, Mood
 
@@ -25,8 +26,19 @@ EXIT_SECONDS = 20.0
 """How long the interpreter of a rank that has done all may take to end."""
 
 
+Cause = Literal["killed", "failed", "lost", "hung"]
+"""A signal; an exception, abort or silent exit; no sign of life; one activity for too long."""
+
+
 class RankFailure(RuntimeError):  # noqa: N818  what happened, not what is raised
-    """A rank died, hung or failed: one line that names the rank, what it was doing, and what happened."""
+    """A rank died, hung or failed: one line that names the rank, what it was doing, and what happened.
+
+    `seconds` are those from the fault, as far as it is known, to its discovery.
+    """
+
+    def __init__(self, line: str, verdict: "Verdict", seconds: float) -> None:
+        super().__init__(line)
+        self.verdict, self.seconds = verdict, seconds
 
 
 @dataclass
@@ -81,6 +93,9 @@ class Verdict:
     what: str
     user: bool = False
     traceback: str | None = None
+    cause: Cause = field(default="failed", compare=False)
+    began: float = field(default=math.nan, compare=False)  # when the trouble began, on the supervisor's clock
+    kind: str | None = field(default=None, compare=False)  # name of the exception's type, where it was one
 
 
 def failures(sights: Sequence[Sight], now: float, silent_after: float) -> Verdict | None:
@@ -116,19 +131,25 @@ def stuck(
         return _silence(max(silent, key=lambda sight: sight.silence(now)), now)
     if slow:
         worst = max(slow, key=lambda sight: sight.age(now))
-        return Verdict(worst.rank, f"hung in {worst.activity} for {worst.age(now):.0f} s")
+        return _hung(worst, f"hung in {worst.activity} for {worst.age(now):.0f} s", now)
     if still:
         worst = max(waiting, key=lambda sight: sight.age(now))
-        return Verdict(worst.rank, f"has waited for {worst.age(now):.0f} s in {worst.activity}, and no rank moves")
+        return _hung(worst, f"has waited for {worst.age(now):.0f} s in {worst.activity}, and no rank moves", now)
     if lingering:
-        return Verdict(lingering[0].rank, f"did not end within {EXIT_SECONDS:.0f} s of having done all")
+        what = f"did not end within {EXIT_SECONDS:.0f} s of having done all"
+        return Verdict(lingering[0].rank, what, cause="hung", began=lingering[0].report_at)
     return None
 
 
+def _hung(sight: Sight, what: str, now: float) -> Verdict:
+    return Verdict(sight.rank, what, cause="hung", began=now - sight.age(now))
+
+
 def _silence(sight: Sight, now: float) -> Verdict:
+    what = f"gave no sign of life for {sight.silence(now):.0f} s during {sight.activity}"
     if sight.lost:
-        return Verdict(sight.rank, f"was lost during {sight.activity}: {sight.lost}")
-    return Verdict(sight.rank, f"gave no sign of life for {sight.silence(now):.0f} s during {sight.activity}")
+        what = f"was lost during {sight.activity}: {sight.lost}"
+    return Verdict(sight.rank, what, cause="lost", began=now - sight.silence(now))
 
 
 def _gone(sight: Sight) -> Verdict:
@@ -137,13 +158,14 @@ def _gone(sight: Sight) -> Verdict:
         if report["user"]:
             return Verdict(sight.rank, report["text"], user=True)
         text = " ".join(f"{report['type']}: {report['text']}".split())
-        return Verdict(
-            sight.rank, f"failed during {sight.activity}: {text[:TEXT_LIMIT]}", traceback=report["traceback"]
-        )
+        what = f"failed during {sight.activity}: {text[:TEXT_LIMIT]}"
+        return Verdict(sight.rank, what, False, report["traceback"], "failed", sight.report_at, report["type"])
     assert sight.exit is not None
     if sight.exit < 0:
-        return Verdict(sight.rank, f"was killed by {signal.Signals(-sight.exit).name} during {sight.activity}")
-    return Verdict(sight.rank, f"left with exit code {sight.exit} and without a report during {sight.activity}")
+        what = f"was killed by {signal.Signals(-sight.exit).name} during {sight.activity}"
+        return Verdict(sight.rank, what, cause="killed", began=sight.exit_at)
+    what = f"left with exit code {sight.exit} and without a report during {sight.activity}"
+    return Verdict(sight.rank, what, began=sight.exit_at)
 
 
 def _ended_at(sight: Sight) -> float:

@@ -32,7 +32,8 @@ class Heartbeat:
         self._slate = _map(slate) if slate else None
         self._outbox: deque[str] = deque()
         self._wake, self._closing = threading.Event(), False
-        self._count = 0
+        self._count, self._busy = 0, 0.0
+        self.activity = ("starting", time.monotonic(), Mood.PATIENT)
         self.stop: str | None = None  # why the parent wants this rank to stop
         self.mark("starting", Mood.PATIENT)
         store.set(wire.pid_key(rank), str(os.getpid()))
@@ -41,9 +42,18 @@ class Heartbeat:
 
     def mark(self, label: str, mood: Mood) -> None:
         """What the rank does from now on. Costs about a microsecond."""
-        self.activity = (label, time.monotonic(), mood)
+        now = time.monotonic()
+        _, since, before = self.activity
+        if before is not Mood.WAITING:
+            self._busy += now - since
+        self.activity = (label, now, mood)
         if self._slate is not None:
             self._slate[:] = label.encode()[: wire.SLATE_BYTES].ljust(wire.SLATE_BYTES)
+
+    def busy_seconds(self) -> float:
+        """Seconds since the beginning that were not spent waiting for another rank; called by who calls `mark`."""
+        _, since, mood = self.activity
+        return self._busy + (0.0 if mood is Mood.WAITING else time.monotonic() - since)
 
     def tell(self, kind: str, payload: Any) -> None:
         """Send JSON to the parent, in order, without waiting."""

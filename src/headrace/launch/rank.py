@@ -112,6 +112,14 @@ class Rank:
         self._busy = busy
         self._mark(before, mood)
 
+    def busy_seconds(self) -> float:
+        """Seconds since it joined in which it did not wait for another rank, as far as its marks tell.
+
+        What happens under a mark of `waiting` until the next `doing` counts as a wait, and a wait inside a collective
+        that an activity of `doing` makes counts as work.
+        """
+        return self._heart.busy_seconds()
+
     def tell(self, kind: str, payload: Any) -> None:
         """Send JSON to the parent's `on_message`, in order and without waiting."""
         self._heart.tell("told", [kind, payload])

@@ -113,6 +113,8 @@ def started(
             yield ranks
         finally:
             ranks.close()
+            # Its port is free once nobody refers to it: not even the frames of an exception that somebody keeps.
+            del ranks.store, store
 
 
 def commands(program: Sequence[str], meeting: Meeting) -> list[tuple[list[str], dict[str, str], Path]]:

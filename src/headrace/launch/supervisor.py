@@ -5,9 +5,11 @@ It relays what ranks tell, passes a reason to stop on, and notices a rank that d
 """
 
 import json
+import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from headrace.errors import UserError
@@ -25,6 +27,8 @@ SILENT_SECONDS = 3.0
 """Beside a rank in trouble, one that has not beaten for so long is taken for dead or stopped."""
 START_SECONDS = 300.0
 """How long ranks may take to start and join."""
+_COUNTED = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
+"""Where Linux counts processes that it ended for lack of memory: in this container, or on this machine."""
 
 OnMessage = Callable[[int, str, Any], None]
 """Called with the rank, the kind and the payload of what a rank told, in each rank's order."""
@@ -68,7 +72,7 @@ def _error(verdict: Verdict, ranks: Ranks) -> Exception:
     if verdict.user:
         return UserError(verdict.what)
     line = f"rank {verdict.rank} {verdict.what}; all ranks were stopped, logs in {ranks.meeting.logs}"
-    error = RankFailure(line)
+    error = RankFailure(line, verdict, max(0.0, time.monotonic() - verdict.began))
     if verdict.traceback:
         error.add_note(f"on rank {verdict.rank}:\n{verdict.traceback}")
     return error
@@ -84,6 +88,7 @@ class _Watch:
         self._began = self._moved = time.monotonic()
         self._beats_due = 0.0
         self._silent = min(SILENT_SECONDS, hang_seconds / 2)
+        self._out_of_memory = ended_for_memory()
 
     def over(self) -> bool:
         """Whether every rank has reported its end and is gone."""
@@ -114,11 +119,18 @@ class _Watch:
         if any(sight.failed for sight in self._sights):
             self._settle(now + (GRACE_SECONDS if self._ranks.local else GRACE_BELOW_LAUNCHER_SECONDS))
             silent_after = self._hang if self._ranks.local else self._silent
-            return failures(self._sights, time.monotonic(), silent_after)
+            return self._explained(failures(self._sights, time.monotonic(), silent_after))
         late = [sight.rank for sight in self._sights if sight.beat is None]
         if late and now - self._began > START_SECONDS:
             return Verdict(late[0], f"did not start within {START_SECONDS:.0f} s")
         return stuck(self._sights, now, self._moved, self._hang, self._silent)
+
+    def _explained(self, verdict: Verdict | None) -> Verdict | None:
+        """With what the kernel has to say of a rank that was killed."""
+        killed = verdict and self._sights[verdict.rank].exit == -signal.SIGKILL
+        if verdict and killed and ended_for_memory() > self._out_of_memory:
+            return replace(verdict, what=f"{verdict.what}, and the kernel ended a process for lack of memory")
+        return verdict
 
     def _settle(self, until: float) -> None:
         while time.monotonic() < until and not all(sight.ended for sight in self._sights):
@@ -153,3 +165,13 @@ class _Watch:
         for sight in self._sights:
             if not sight.ended:
                 sight.lost = f"{self._ranks.meeting.start} ended with exit code {code}"
+
+
+def ended_for_memory() -> int:
+    """How many processes the kernel has ended for lack of memory so far; 0 where it does not say."""
+    for path in _COUNTED:
+        lines = path.read_text().splitlines() if path.exists() else []
+        for name, _, count in (line.partition(" ") for line in lines):
+            if name == "oom_kill":
+                return int(count)
+    return 0

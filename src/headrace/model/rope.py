@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from headrace.config.schema import ModelConfig, RopeScaling
+from headrace.config.recipe import RopeScaling
+from headrace.config.schema import ModelConfig
 from headrace.fp8.gemms import wide
 
 

@@ -1,21 +1,44 @@
-"""Whole tensors from the pieces that ranks hold, and back: how a checkpoint is the same whatever the layout.
+"""From tensors that are saved whole to the pieces that ranks hold: how a checkpoint fits any layout.
 
-A checkpoint holds whole tensors by name. What a rank has of them is a list of `Piece`: parameters it owns, moments of
-what it owns, experts of its expert rank. Saving collects them on rank 0, one tensor at a time; loading needs no
-messages, since every rank reads the file and takes its runs of elements.
+A checkpoint knows tensors by name and whole shape. What a rank has of them is a list of `Piece`: parameters it holds,
+moments of what it owns, experts of its expert rank. Loading needs no messages: every rank reads the runs of elements
+that its pieces are. Saving needs none either: every rank writes what it owns.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from math import prod
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd.graph import increment_version
 
 from headrace.errors import UserError
 from headrace.parallel.mesh import Mesh
 from headrace.parallel.shards import Piece
+
+
+class MisfitError(UserError):
+    """What is saved belongs to another model or optimizer."""
+
+
+class Described(Protocol):
+    """A saved tensor's dtype and whole shape."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Saved(Protocol):
+    """Saved tensors, of which runs of the flattened elements can be read into CPU memory."""
+
+    @property
+    def path(self) -> Any: ...
+    def keys(self) -> list[str]: ...
+    def entry(self, name: str, /) -> Described: ...
+    def read_into(self, name: str, start: int, target: Tensor, /) -> None: ...
 
 
 def exchange(value: Any, mesh: Mesh, device: torch.device) -> list[Any]:
@@ -32,65 +55,42 @@ def exchange(value: Any, mesh: Mesh, device: torch.device) -> list[Any]:
     return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
 
 
-@torch.no_grad()
-def gather(pieces: Iterable[Piece], mesh: Mesh, device: torch.device) -> dict[str, Tensor]:
-    """Whole tensors by name on rank 0, on the CPU where they had to be put together; nothing on the other ranks.
-
-    Called by all ranks, whose pieces cover every tensor exactly once. Where rank 0 has a whole one it is not copied.
-    """
-    mine = sorted(pieces, key=lambda piece: (piece.name, piece.start))
-    said = exchange([[p.name, p.shape, p.start, p.tensor.numel(), _name(p.tensor)] for p in mine], mesh, device)
-    if mesh.rank:
-        for piece in mine:
-            distributed.send(piece.tensor.detach().contiguous(), 0)
-        return {}
-    here = iter(mine)
-    result: dict[str, Tensor] = {}
-    missing: dict[str, int] = {}
-    for name, rank, shape, start, size, dtype in sorted(
-        (name, rank, *rest) for rank, entries in enumerate(said) for name, *rest in entries
-    ):
-        missing[name] = missing.get(name, prod(shape)) - size
-        run = None if rank else next(here).tensor.detach()
-        if run is not None and size == prod(shape):
-            result[name] = run.view(shape)
-            continue
-        if name not in result:
-            result[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-        if run is None:
-            run = torch.empty(size, dtype=result[name].dtype, device=device)
-            distributed.recv(run, rank)
-        result[name].view(-1)[start : start + size] = run.reshape(-1)
-    assert not any(missing.values()), "a tensor has elements that no rank gave, or two"
-    return result
-
-
 def names_everywhere(pieces: Iterable[Piece], mesh: Mesh, device: torch.device) -> set[str]:
     """Names of all tensors of which any rank has a piece; called by all ranks."""
     return set().union(*exchange([piece.name for piece in pieces], mesh, device))
 
 
 @torch.no_grad()
-def fill(
-    pieces: Iterable[Piece], known: set[str], read: Callable[[str], Tensor], names: Sequence[str], where: str
-) -> None:
-    """Fill every piece from the whole tensor `read(name)` of a file with tensors `names`.
+def fill(pieces: Iterable[Piece], known: set[str], saved: Saved) -> None:
+    """Fill every piece with its run of elements; reads nothing else.
 
-    `known` are the names that all ranks' pieces have together. What the file `where` lacks, has too many of, or has in
-    another shape or dtype is a `UserError`.
+    `known` are the names that all ranks' pieces have together. What is saved without one of them, under a name that is
+    not among them, or with another shape or dtype is `MisfitError`, raised before anything is filled. Damage, any other
+    `UserError`, shows while reading: pieces then hold anything and have to be filled again.
     """
-    for name in sorted(set(names) ^ known):
+    for name in sorted(set(saved.keys()) ^ known):
         fault = "has no" if name in known else "holds an unknown"
-        raise UserError(f"{where}: {fault} tensor {name!r}; it was written by another model or optimizer configuration")
-    for piece in pieces:
-        source, tensor = read(piece.name), piece.tensor
-        if tuple(source.shape) != piece.shape or source.dtype != tensor.dtype:
-            raise UserError(
-                f"{where}: tensor {piece.name!r} is {source.dtype} {list(source.shape)}, "
+        raise MisfitError(
+            f"{saved.path}: {fault} tensor {name!r}; it was written by another model or optimizer configuration"
+        )
+    wanted = list(pieces)
+    for piece in wanted:
+        found, tensor = saved.entry(piece.name), piece.tensor
+        if tuple(found.shape) != piece.shape or found.dtype != tensor.dtype:
+            raise MisfitError(
+                f"{saved.path}: tensor {piece.name!r} is {found.dtype} {list(found.shape)}, "
                 f"the configuration needs {tensor.dtype} {list(piece.shape)}"
             )
-        tensor.copy_(source.reshape(-1)[piece.start : piece.start + tensor.numel()].view(tensor.shape))
+    for piece in wanted:
+        _read(piece, saved)
 
 
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _read(piece: Piece, saved: Saved) -> None:
+    tensor = piece.tensor.detach()
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        saved.read_into(piece.name, piece.start, tensor)
+        increment_version(piece.tensor)  # what was made of the values before must not be used again
+        return
+    here = torch.empty(tensor.shape, dtype=tensor.dtype)
+    saved.read_into(piece.name, piece.start, here)
+    piece.tensor.copy_(here)

@@ -99,6 +99,8 @@ class GradientReduction:
         """What this rank owns; `.grad` is the reduced gradient between `finish()` and the next step."""
         self.everything = [piece for memory in self._memories for piece in memory.everything]
         """All that this rank holds, to be loaded into."""
+        self.replicas = [memory.everything for memory in self._memories if len(memory.bucket.copies) > 1]
+        """By bucket what other ranks hold too, and should hold alike; their lists are the same."""
         self._units, self._measured = _measured(buckets, self.pieces)
 
     def start(self, stage: int) -> None:

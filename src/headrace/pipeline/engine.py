@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from headrace.config.phases import MAIN, batches_of, layout_of
 from headrace.config.schema import Config
 from headrace.fp8.numerics import Numerics
 from headrace.model.initialisation import initialise_parameters
@@ -32,6 +33,7 @@ from headrace.pipeline.communication import with_communication
 from headrace.pipeline.execute import Executor, Plan, Watch
 from headrace.pipeline.generators import forward_only, generate, pick
 from headrace.pipeline.overlap import Surroundings, Weights
+from headrace.pipeline.record import Record
 from headrace.pipeline.schedule import Schedule
 from headrace.pipeline.stages import Microbatch, Results, build_stages, split_layers
 from headrace.pipeline.timeline import Span
@@ -64,24 +66,30 @@ class Unwatched:
         return nullcontext()
 
 
-def schedule_of(config: Config) -> tuple[str, str]:
-    """The schedule of `parallel.schedule`, and why: its name, and one sentence."""
-    ranks, microbatches = config.parallel.pipeline, microbatches_of(config)
-    if config.parallel.schedule == "auto":
-        return pick(ranks, microbatches)
-    return config.parallel.schedule, "as configured"
+def schedule_of(config: Config, phase: str = MAIN) -> tuple[str, str]:
+    """The schedule of `parallel.schedule` in a phase of the recipe, and why: its name, and one sentence.
+
+    It is one for the whole phase, since it says where the stages lie: `auto` picks what exists for all of its batches.
+    """
+    layout = layout_of(config.parallel, phase)
+    if layout.schedule != "auto":
+        return layout.schedule, "as configured"
+    picked = [pick(layout.pipeline, number) for number in microbatches_of(config, phase)]
+    return next((found for found in picked if found[0] != "dualpipe"), picked[0])
 
 
-def microbatches_of(config: Config) -> int:
-    """N: microbatches of a step on each data rank."""
-    rows = config.recipe.batch_sequences // config.parallel.data
-    return rows // (config.parallel.microbatch or rows)
+def microbatches_of(config: Config, phase: str = MAIN) -> list[int]:
+    """N: microbatches of a step on each data rank, for every batch that the phase may have, ascending."""
+    layout = layout_of(config.parallel, phase)
+    shares = [sequences // layout.data for sequences in batches_of(config.recipe, phase)]
+    return [rows // (layout.microbatch or rows) for rows in shares]
 
 
 class Engine:
     """The stages of this rank, ready to train. Made by all ranks of the world at the same time.
 
-    `whole` says which parameters the optimizer needs in one piece.
+    `whole` says which parameters the optimizer needs in one piece; `phase` is the recipe's, which may have a layout of
+    its own.
     """
 
     def __init__(
@@ -92,29 +100,32 @@ class Engine:
         device: torch.device,
         whole: Whole,
         watch: Watch | None = None,
+        phase: str = MAIN,
     ) -> None:
         self.mesh, self.device, self.config = mesh, device, config.model
-        self._microbatch = config.parallel.microbatch
-        self._name, self._reason = schedule_of(config)
-        self._microbatches = microbatches_of(config)
-        self.trace = Trace(mesh.pipeline_rank, device)
+        layout = layout_of(config.parallel, phase)
+        self._microbatch = layout.microbatch
+        self._name, self._reason = schedule_of(config, phase)
+        self._microbatches = microbatches_of(config, phase)[0]  # of the latest step
+        self.trace, self.record = Trace(mesh.pipeline_rank, device), Record()
         self.groups = Groups(mesh, timedelta(minutes=10))
         self._dtype = numerics.dtype
-        dispatcher = make_dispatcher(mesh, self.groups, numerics.linear, config.parallel)
+        dispatcher = make_dispatcher(mesh, self.groups, numerics.linear, layout)
         schedule = self.schedule(self._microbatches)
-        split = split_layers(self.config.num_hidden_layers, schedule.stages, config.parallel.layers)
+        split = split_layers(self.config.num_hidden_layers, schedule.stages, layout.layers)
         self._layers = [len(layers) for layers in split]
         held = schedule.stages_of(mesh.pipeline_rank)
         self.model, self.stages = build_stages(self.config, numerics, dispatcher, split, held, device)
         self._last = schedule.stages - 1
-        self._initialise(config.seed.init)
+        self._seed = config.seed.init
+        self.initialise()
         open_transfers(self.groups, mesh, [schedule])
         self.store = self.model.store
         self.reduction = GradientReduction(self._held(schedule), mesh, self.groups, self.store, whole, device)
         self._channel: Channel = InlineChannel()
         if mesh.expert > 1:
             self._channel = StreamChannel(device) if device.type == "cuda" else ThreadChannel()
-        self._around = Surroundings(self._channel, self.store, self.trace)
+        self._around = Surroundings(self._channel, self.store, self.trace, self.record)
         self.watch: Watch = watch or Unwatched()
         self._executors: dict[torch.Size, Executor] = {}
         self._first_moe = self.config.first_k_dense_replace
@@ -132,6 +143,7 @@ class Engine:
         """
         size = self._microbatch or len(rows_RL)
         parts = torch.split(rows_RL, size)
+        self._microbatches = len(parts)
         weights = Weights(1 / (len(parts) * self.mesh.data), mtp_weight, balance_weight, train=True)
         plan = Plan(self.schedule(len(parts)), lambda m: Microbatch(parts[m], weights), True, self._reduce, label)
         with self.store.accumulating():
@@ -178,13 +190,34 @@ class Engine:
         buffers = (pair for stage in self.stages.values() for pair in stage.named_buffers())
         return [*self.reduction.everything, *(Piece(name, buffer, tuple(buffer.shape)) for name, buffer in buffers)]
 
+    def replicas(self) -> list[list[Piece]]:
+        """What other ranks hold too, in groups that lie on the same ranks: parameters by bucket, biases by stage."""
+        groups = [
+            [Piece(name, buffer, tuple(buffer.shape)) for name, buffer in stage.named_buffers()]
+            for index, stage in self.stages.items()
+            if len(self._copies[index]) > 1
+        ]
+        return [*self.reduction.replicas, *(group for group in groups if group)]
+
     def recycle(self) -> None:
         """Forget the step's gradients, and keep their memory for the next step's."""
         self.store.recycle(parameter for stage in self.stages.values() for _, parameter in stage.named_parameters())
 
-    def agreed(self, value: Any) -> Any:
-        """The first rank's `value` (JSON), on every rank."""
-        return value if self.mesh.world == 1 else exchange(value, self.mesh, self.device)[0]
+    def agreed_all(self, value: Any) -> list[Any]:
+        """What every rank passes (JSON), in the order of ranks, on every rank."""
+        return exchange(value, self.mesh, self.device)
+
+    def roles(self) -> list[tuple[int, ...]]:
+        """By rank the stages that it holds: ranks with the same do equal work."""
+        schedule = self.schedule(self._microbatches)
+        return [tuple(schedule.stages_of(rank // self.mesh.data)) for rank in range(self.mesh.world)]
+
+    def initialise(self) -> None:
+        """Draw the weights anew, as at the beginning."""
+        for stage in self.stages.values():
+            initialise_parameters(stage.named_parameters(), self.model.local_experts(), self.config, self._seed)
+            for _, buffer in stage.named_buffers():
+                buffer.zero_()
 
     def begin_timeline(self) -> None:
         """Record the next step from a moment that all ranks share."""
@@ -208,12 +241,6 @@ class Engine:
     def close(self) -> None:
         """End the channel's thread."""
         self._channel.close()
-
-    def _initialise(self, seed: int) -> None:
-        for stage in self.stages.values():
-            initialise_parameters(stage.named_parameters(), self.model.local_experts(), self.config, seed)
-            for _, buffer in stage.named_buffers():
-                buffer.zero_()
 
     def _held(self, schedule: Schedule) -> list[Held]:
         ends = set(schedule.holders(0)) | set(schedule.holders(self._last))

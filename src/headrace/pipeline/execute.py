@@ -17,9 +17,10 @@ from typing import Protocol
 from torch import Tensor
 
 from headrace.fp8.weight_gradients import Work
-from headrace.pipeline.communication import resulting_send
+from headrace.pipeline.communication import FINAL_GRADIENTS, resulting_send
 from headrace.pipeline.overlap import Steps, Surroundings, interleave, run
 from headrace.pipeline.schedule import Action, Kind, Schedule
+from headrace.pipeline.simulate import Costs, simulate
 from headrace.pipeline.stages import Microbatch, Results, Stage, StagePass
 from headrace.pipeline.transfer import Receiving, Transfers
 
@@ -87,6 +88,7 @@ class _Execution:
         self._handed: dict[tuple[Kind, Place], Tensor] = {}  # from a stage to its neighbour on this rank
         self._made: dict[tuple[Kind, Place], Tensor] = {}  # to be sent
         self._later: dict[Place, list[Work]] = {}
+        self._starts = _starts(plan.schedule, self._rank) if self._around.record.on else {}
 
     def do(self, action: Action) -> None:
         """One action."""
@@ -108,7 +110,10 @@ class _Execution:
     def _compute(self, action: Action) -> None:
         inputs = [self._input(part) for part in action.computations]
         self._doing(str(action))
-        trace = self._around.trace
+        trace, record = self._around.trace, self._around.record
+        if record.on:
+            record.action(str(action), self._starts[str(action)])
+            record.note("what arrived", inputs)
         begun = trace.now() if trace and trace.on else None
         if action.kind is Kind.OVERLAP_F_B:
             (forward, backward), (hidden, gradient) = action.parts, inputs
@@ -126,6 +131,10 @@ class _Execution:
             outputs = [None]
         if trace and begun is not None:
             trace.action(str(action), begun)
+        if record.on:
+            record.note("output", outputs)
+            if gradients := self._weight_gradients(action):
+                record.note("weight gradients", gradients)
         for part, output in zip(action.computations, outputs, strict=True):
             self._output(part, output)
             self._give_back(part)
@@ -161,6 +170,12 @@ class _Execution:
         posted.work.wait()
         self._buffers[key] = posted.buffer
         return posted.buffer
+
+    def _weight_gradients(self, action: Action) -> list[Tensor]:
+        """Those that an action has added to."""
+        stages = [self._stages[part.stage] for part in action.computations if part.kind in FINAL_GRADIENTS]
+        parameters = [parameter for stage in stages for _, parameter in stage.named_parameters()]
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     def _output(self, part: Action, output: Tensor | None) -> None:
         if output is None:
@@ -201,6 +216,11 @@ class _Execution:
 
     def _doing(self, action: str) -> None:
         self._watch.doing(f"{action} of {self._plan.label}")
+
+
+def _starts(schedule: Schedule, rank: int) -> dict[str, float]:
+    """When a rank's actions start where a forward takes 1, by their names."""
+    return {span.action: span.start for span in simulate(schedule, Costs()).spans if span.rank == rank}
 
 
 def _place(action: Action) -> Place:

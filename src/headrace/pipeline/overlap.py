@@ -18,7 +18,7 @@ Shapes: B batch, T tokens, N = B * T, D model width, S rows received.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from headrace.model.layer import Attended, Layer
 from headrace.model.rope import Rotation
 from headrace.model.router import balance_loss
 from headrace.parallel.channel import Channel
+from headrace.pipeline.record import Record
 from headrace.pipeline.trace import Trace
 
 T = TypeVar("T")
@@ -66,11 +67,12 @@ def interleave(backward: Steps[T], forward: Steps[T]) -> tuple[T, T]:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What every pass on a rank shares; `trace` records what happens when, where somebody looks."""
+    """What every pass on a rank shares; `trace` records what happens when, `record` what comes out, if anybody asks."""
 
     channel: Channel
     store: WeightGradientStore
     trace: Trace | None = None
+    record: Record = field(default_factory=Record)
 
     def compute(self, label: str, work: Callable[[], T]) -> T:
         """Run `work`, a piece of computation."""
@@ -99,7 +101,12 @@ class Piece:
 
     def leaf(self, value: Tensor) -> Tensor:
         """`value` as an input whose gradient is wanted."""
-        return value.detach().requires_grad_(self._train)
+        leaf, record = value.detach().requires_grad_(self._train), self._around.record
+        if record.on and self._train:
+            leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda made: record.note("input gradient", made.grad)
+            )
+        return leaf
 
     def forward(self, label: str, function: Callable[[], T]) -> T:
         """Compute, with autograd on where there are gradients to come."""
@@ -108,7 +115,9 @@ class Piece:
             with torch.set_grad_enabled(self._train):
                 return function()
 
-        return self._around.compute(label, work)
+        result = self._around.compute(label, work)
+        self._around.record.note(label, result)
+        return result
 
     def backward(self, label: str, outputs: Sequence[GradientEdge], gradients: Sequence[Tensor]) -> list[Work]:
         """Gradients of all inputs into their `.grad`; those of the weights are returned as work to do."""

@@ -7,10 +7,12 @@ simulator says of a layout is handed in.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from headrace.config.phases import MAIN, layout_of
 from headrace.config.schema import Config
 from headrace.planning.flops import training_flops
 from headrace.planning.parameters import ParameterCount, count, muon_parameters
-from headrace.recipe.schedule import Schedule
+from headrace.planning.reliability import expectation, machines_of
+from headrace.recipe.schedule import Phase, Schedule
 
 _SCALES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -30,32 +32,58 @@ class Simulated:
 
 def plan(config: Config, exported_bytes: int) -> list[tuple[str, str]]:
     """Rows (label, value) for one configuration; `exported_bytes` are those of its Hub folder's tensors."""
-    counted, length = count(config.model), config.recipe.sequence_length
-    has_mtp = bool(config.model.num_nextn_predict_layers)
-    per_token = training_flops(config.model, length, mtp=has_mtp)
-    steps = Schedule(config.recipe).steps
-    tokens = Schedule(config.recipe).tokens_after(steps)
+    counted, length, schedule = count(config.model), config.recipe.sequence_length, Schedule(config.recipe)
     rows = [
         ("parameters", _exact(counted.total)),
         ("activated per token", f"{_exact(counted.activated)}, with the head, without the embedding"),
         ("router bias entries", f"{counted.router_bias:,}"),
     ]
-    if has_mtp:
+    if has_mtp := bool(config.model.num_nextn_predict_layers):
         rows.append(("MTP module", f"{_exact(counted.mtp)}, embedding and head shared"))
     rows.append(
         ("FLOPs per token", f"{scaled(training_flops(config.model, length))} causal at {length:,} tokens, without MTP")
     )
     if has_mtp:
-        rows.append(("FLOPs per token with MTP", f"{scaled(per_token)} causal"))
+        rows.append(("FLOPs per token with MTP", f"{scaled(_flops(config, length))} causal"))
     return [
         *rows,
-        ("training tokens", _exact(tokens)),
-        ("steps", f"{steps:,} of {config.recipe.batch_sequences:,} x {length:,} tokens at full batch"),
-        ("FLOPs of the run", f"{scaled(tokens * per_token)}, forward and backward"),
+        ("training tokens", _exact(schedule.tokens_after(schedule.steps))),
+        ("steps", f"{schedule.steps:,} of {config.recipe.batch_sequences:,} x {length:,} tokens at full batch"),
+        *((f"  {phase.name}", _phase(schedule, phase)) for phase in schedule.phases if len(schedule.phases) > 1),
+        ("FLOPs of the run", f"{scaled(run_flops(config))}, forward and backward"),
         ("model file of a checkpoint", f"{scaled(4 * counted.stored)}B in FP32"),
         ("its optimizer file", f"{scaled(optimizer_bytes(config, counted))}B, {config.recipe.optimizer.name}"),
         ("exported model", f"{scaled(exported_bytes)}B in {config.convert.dtype.upper()}"),
     ]
+
+
+def run_flops(config: Config, steps: int | None = None) -> float:
+    """Model FLOPs of the run's first `steps` steps, forward and backward; None: of all.
+
+    Attention costs more in phases of longer rows.
+    """
+    schedule, total = Schedule(config.recipe), 0.0
+    end = schedule.steps if steps is None else steps
+    for phase in schedule.phases:
+        tokens = schedule.tokens_before(min(phase.end, end)) - schedule.tokens_before(min(phase.first, end))
+        total += tokens * _flops(config, phase.sequence_length)
+    return total
+
+
+def _flops(config: Config, length: int) -> float:
+    return training_flops(config.model, length, mtp=bool(config.model.num_nextn_predict_layers))
+
+
+def _tokens(schedule: Schedule, phase: Phase) -> int:
+    return schedule.tokens_before(phase.end) - schedule.tokens_before(phase.first)
+
+
+def _phase(schedule: Schedule, phase: Phase) -> str:
+    least, most = phase.sequences_least, phase.sequences_most
+    sequences = _range(f"{least:,}", f"{most:,}")
+    yarn = f", YaRN factor {phase.rope_scaling.factor:g}" if phase.rope_scaling else ""
+    tokens = f"{scaled(_tokens(schedule, phase)).strip()} tokens"
+    return f"{phase.end - phase.first:,} of {sequences} x {phase.sequence_length:,} tokens{yarn}, {tokens}"
 
 
 def optimizer_bytes(config: Config, counted: ParameterCount) -> int:
@@ -66,8 +94,8 @@ def optimizer_bytes(config: Config, counted: ParameterCount) -> int:
 
 
 def layout(config: Config, simulated: Simulated) -> list[tuple[str, str]]:
-    """Rows for a layout of several ranks, the most of any rank."""
-    parallel, dtype = config.parallel, config.precision.compute
+    """Rows for a layout of several ranks in the phase main, the most of any rank."""
+    parallel, dtype = layout_of(config.parallel, MAIN), config.precision.compute
     rows = parallel.microbatch or config.recipe.batch_sequences // parallel.data
     hidden = rows * config.recipe.sequence_length * config.model.hidden_size * {"bf16": 2, "fp32": 4}[dtype]
     shared = f", experts shared out over {parallel.expert} of these" if parallel.expert > 1 else ""
@@ -89,7 +117,25 @@ def layout(config: Config, simulated: Simulated) -> list[tuple[str, str]]:
             f"{simulated.receive_buffers} of {scaled(hidden)}B in {dtype.upper()}, "
             f"{scaled(simulated.receive_buffers * hidden)}B",
         ),
+        expectation(machines_of(parallel), config.checkpoint.faults_per_day),
     ]
+
+
+def phase_layout(config: Config, phase: Phase, least: Simulated, most: Simulated) -> tuple[str, str]:
+    """One row for another phase than main: its layout, and how idle its ranks are in its smallest and largest step."""
+    parallel = layout_of(config.parallel, phase.name)
+    rows = parallel.microbatch or phase.sequences_most // parallel.data
+    microbatches = _range(*(f"{part.microbatches}" for part in (least, most)))
+    idle = _range(*(f"{100 * part.idle / part.makespan:.1f} %" for part in (least, most)))
+    return (
+        f"  {phase.name}",
+        f"pipeline {parallel.pipeline} x data {parallel.data}, expert {parallel.expert}, {least.schedule}: "
+        f"{microbatches} microbatches of {rows} x {phase.sequence_length:,} tokens, idle {idle}",
+    )
+
+
+def _range(least: str, most: str) -> str:
+    return least if least == most else f"{least} to {most}"
 
 
 def text_table(rows: Sequence[tuple[str, str]]) -> str:

@@ -43,7 +43,7 @@ class CardFacts:
     parameters_activated: int  # used for one token
     parameters_mtp: int  # of `parameters`, in the multi-token-prediction module
     tokens: int  # seen in training
-    sequence_length: int
+    sequence_lengths: Sequence[int]  # of training rows, in the order of training
     flops: float  # of the whole training
     seconds: float  # of the whole training
     hardware: str

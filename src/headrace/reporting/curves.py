@@ -44,6 +44,7 @@ class LineChart:
     height: float = 300
     half: bool = False  # one of a pair on a desk
     write_y: Callable[[float], str] = plain
+    marks: tuple[float, ...] = ()  # tokens at which a vertical line stands
 
 
 def finite(points: Points) -> list[tuple[float, float]]:
@@ -78,6 +79,11 @@ def thin(points: Points, buckets: int) -> list[tuple[float, float]]:
 
 def draw_lines(chart: LineChart, width: float) -> Markup:
     """The chart at one width; direct labels at the right where there is room, a key above on a phone."""
+    return drawing(width, chart.height, chart.label, line_parts(chart, width))
+
+
+def line_parts(chart: LineChart, width: float) -> list[Markup]:
+    """What `draw_lines` draws, to be put into a larger drawing."""
     lines = [Line(**{**line.__dict__, "points": finite(line.points)}) for line in chart.lines]
     lines = [line for line in lines if line.points]
     xs = [x for line in lines for x, _ in line.points]
@@ -94,6 +100,8 @@ def draw_lines(chart: LineChart, width: float) -> Markup:
     x_scale = Scale(min(0.0, *xs), max(xs) or 1.0, left, right)
     parts = _grid(y_scale, chart, left, right)
     parts += axis_below(x_scale, bottom, x_scale.ticks(8 if wide else 4), "training tokens", quantities.tick)
+    for mark in chart.marks:
+        parts.append(element("line", x1=x_scale(mark), x2=x_scale(mark), y1=top, y2=bottom, class_="implied"))
     for line in lines:
         parts += _series(line, x_scale, y_scale)
     if direct:
@@ -101,7 +109,7 @@ def draw_lines(chart: LineChart, width: float) -> Markup:
     for x, y, line, _ in key:
         parts.append(element("path", d=f"M{x} {y - 4}h14", class_=f"line tone{line.tone}"))
         parts.append(text(x + 19, y, line.label, class_=f"ink{line.tone}"))
-    return drawing(width, chart.height, chart.label, parts)
+    return parts
 
 
 def _wants_logarithm(values: Sequence[float]) -> bool:

@@ -89,6 +89,28 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class PlannedPhase:
+    """Consecutive steps of the recipe under one name."""
+
+    name: str
+    steps: int
+    tokens_before: int
+    tokens: int
+    sequences: tuple[int, int]  # of a step: the least and the most
+    sequence_length: int
+    learning_rate: tuple[float, float]  # of its first and of its last step
+    yarn_factor: float | None  # of the rotary embedding from here on; None: as configured
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe, resolved: its phases, and each quantity over tokens."""
+
+    phases: tuple[PlannedPhase, ...]
+    schedules: tuple[Schedule, ...]
+
+
+@dataclass(frozen=True)
 class ExpertLoad:
     """Share of tokens that each expert received; `layers[name][i][e]` belongs to `tokens[i]` and sums to 1 over e."""
 
@@ -142,7 +164,7 @@ class Training:
     loss_validation: float | None
     skipped_steps: int  # steps whose loss or gradient was not finite
     curves: Mapping[str, tuple[Point, ...]]  # keys: CURVES
-    schedules: tuple[Schedule, ...]
+    plan: Plan
     expert_load: ExpertLoad | None
     formats: tuple[tuple[str, str], ...]  # what runs in which format
     pipeline_step: PipelineStep | None = None  # None: one pipeline rank
@@ -280,6 +302,37 @@ class PrecisionStudy:
 
 
 @dataclass(frozen=True)
+class Fault:
+    """Something that ended an attempt to train."""
+
+    step: int  # steps done before it
+    rank: int
+    cause: str  # killed, failed, lost or hung
+    what: str
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What the ledger of the training run tells; see `training/ledger.py` for how it is reckoned."""
+
+    ettr: float | None  # 0..1: seconds of steps that lead to the final weights, over seconds at work
+    goodput: float | None  # 0..1: tokens that reached the final weights, over tokens computed
+    productive_seconds: float
+    wall_seconds: float
+    tokens_computed: int
+    tokens_useful: int
+    recovery: Mapping[str, float] | None  # mean seconds: detect, restart, load, replay, total; None: no fault
+    attempts: int
+    sittings: int  # processes of the stage
+    restarts: int
+    saves: int
+    stall_seconds: float  # that training waited for saves
+    remarkable: Mapping[str, int]  # skipped steps, spikes, rollbacks, corruptions, failed saves: how many
+    slow_ranks: tuple[int, ...]
+    faults: tuple[Fault, ...]
+
+
+@dataclass(frozen=True)
 class Publication:
     """The converted model and where it went."""
 
@@ -321,3 +374,4 @@ class ReportFacts:
     machine: Mapping[str, str]  # "processor", "memory", "operating system", ...
     code: Mapping[str, str]  # "commit", "work tree"
     study: PrecisionStudy | None = None  # None: this report was not asked to show one
+    reliability: Reliability | None = None

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from headrace.reporting.curves import Line, LineChart, draw_lines, finite, is_smoothed
 from headrace.reporting.dag import draw_dag
-from headrace.reporting.facts import Baseline, BitsPerByte, Estimate, Evaluation, ReportFacts, Schedule, Task, Training
+from headrace.reporting.facts import Baseline, BitsPerByte, Estimate, Evaluation, ReportFacts, Task, Training
 from headrace.reporting.heatmap import colour_limit, draw_heatmap
 from headrace.reporting.quantities import duration, exact, percent, plain, tick
 from headrace.reporting.svg import HALF, NARROW, WIDE
@@ -56,32 +56,6 @@ def loss_figure(training: Training, source: str) -> Figure | None:
     strokes = "faint as logged, strong as a running mean; " if any(map(is_smoothed, lines)) else ""
     caption = f"Loss per token over training tokens; {strokes}validation is measured on text that is not trained on"
     return curve(LineChart("Loss over training tokens", "loss, nats per token", lines, height=330), caption, source)
-
-
-def schedule_figures(training: Training, source: str) -> list[Figure]:
-    """One small chart per quantity that the recipe changes."""
-    moving = (schedule for schedule in training.schedules if not _is_constant(schedule))
-    return [figure for schedule in moving if (figure := _schedule(schedule, source)) is not None]
-
-
-def constants(training: Training) -> str:
-    """The quantities that the recipe holds, in words; a chart of them would be a straight line."""
-    held = (schedule for schedule in training.schedules if _is_constant(schedule))
-    return ", ".join(f"{schedule.name} {plain(schedule.points[0][1])}" for schedule in held if schedule.points)
-
-
-def _is_constant(schedule: Schedule) -> bool:
-    return len({value for _, value in schedule.points}) <= 1
-
-
-def _schedule(schedule: Schedule, source: str) -> Figure | None:
-    line = Line(schedule.name, schedule.points, 1, step=_is_staircase(schedule))
-    chart = LineChart(f"{schedule.name} over training tokens", schedule.name, (line,), zero=True, height=210, half=True)
-    return curve(chart, f"Planned {schedule.name} over training tokens", source)
-
-
-def _is_staircase(schedule: Schedule) -> bool:
-    return len({value for _, value in schedule.points}) <= 6
 
 
 def expert_figures(training: Training, source: str) -> list[Figure]:

@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup
 
 from headrace.artifacts.files import write_atomic
-from headrace.reporting import figures, layout, precision, quantities
+from headrace.reporting import figures, layout, precision, quantities, recipe, reliability
 from headrace.reporting.facts import BitsPerByte, PrecisionStudy, ReportFacts
 
 _HERE = Path(__file__).parent
@@ -79,7 +79,7 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         figures.source_of(facts, "pretrain", file) for file in ("metrics.jsonl", "expert_load.json", "timeline.json")
     )
     results = figures.source_of(facts, "evaluate", "results.json")
-    plan = "recipe, under Configuration"
+    ledger = figures.source_of(facts, "pretrain", reliability.RELIABILITY)
     return {
         "score": score,
         "verdict": figures.verdict(score.model, score.baselines).replace("xz ", f"xz{NO_BREAK_SPACE}") if score else "",
@@ -87,11 +87,13 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         "standing": figures.standing_figure(score, results) if score else None,
         "dag": figures.dag_figure(facts),
         "loss": figures.loss_figure(training, log) if training else None,
-        "constants": figures.constants(training) if training else "",
-        "schedules": figures.schedule_figures(training, plan) if training else [],
+        "schedules": recipe.section(training.plan, figures.source_of(facts, "pretrain", recipe.DATA))
+        if training
+        else None,
         "experts": figures.expert_figures(training, loads) if training else [],
         "throughput": figures.throughput_figures(training, log) if training else [],
         "layout": layout.section(training.pipeline_step, timeline) if training and training.pipeline_step else None,
+        "reliability": reliability.section(facts.reliability, ledger) if facts.reliability else None,
         "gradient": figures.gradient_figure(training, log) if training else None,
         "precision": precision.section(facts.study) if facts.study else None,
         "kinds": figures.kinds_figure(evaluation, results) if evaluation else None,

@@ -6,19 +6,17 @@ error here, never a gap on the page. What a run did not make at all is for the c
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import read_json
-from headrace.config.schema import ModelConfig, RecipeConfig
+from headrace.config.schema import ModelConfig
 from headrace.errors import UserError
 from headrace.pipeline.timeline import COMMUNICATION, Span
 from headrace.planning.parameters import count
-from headrace.recipe.schedule import Schedule as Plan
-from headrace.recipe.schedule import Step
 from headrace.reporting.facts import (
     Agreement,
     Amount,
@@ -33,7 +31,6 @@ from headrace.reporting.facts import (
     Point,
     PrecisionStudy,
     Sample,
-    Schedule,
     Source,
     Split,
     Stage,
@@ -44,6 +41,7 @@ from headrace.reporting.facts import (
     Task,
     Training,
 )
+from headrace.reporting.recipe import DATA, read_plan
 
 _CURVES = {
     "train": "loss",
@@ -58,6 +56,13 @@ _MEASURES = {
     "second_half": "training loss, second half",
     "end": "training loss, last step",
     "validation": "validation loss, end",
+}
+_REMARKABLE = {
+    "skipped_steps": "steps not applied",
+    "spikes": "loss spikes",
+    "rollbacks": "rollbacks",
+    "corruptions": "silent corruptions found",
+    "saves_failed": "saves that failed",
 }
 _MODEL, _BASELINES = "model", ("unigram", "bigram", "trigram", "xz -9")
 
@@ -109,8 +114,8 @@ def read_data(corpus: Path, tokenize: Path) -> Data:
     )
 
 
-def read_training(pretrain: Path, model: ModelConfig, recipe: RecipeConfig) -> Training:
-    """The pretrain artifact; parameter counts are the planner's, schedules follow from the recipe."""
+def read_training(pretrain: Path, model: ModelConfig) -> Training:
+    """The pretrain artifact; parameter counts are the planner's."""
     counted = count(model)
     facts = read_json(pretrain / "training.json")
     rows = _read_lines(pretrain / "metrics.jsonl")
@@ -128,29 +133,11 @@ def read_training(pretrain: Path, model: ModelConfig, recipe: RecipeConfig) -> T
         loss_validation=facts["validation_loss"],
         skipped_steps=facts["skipped_steps"],
         curves={name: _series(rows, metric) for name, metric in _CURVES.items()},
-        schedules=planned(recipe),
+        plan=read_plan(pretrain / DATA),
         expert_load=_read_load(pretrain / "expert_load.json", model.num_hidden_layers),
         formats=tuple((row["what"], row["format"]) for row in read_json(pretrain / "formats.json")),
         pipeline_step=_read_timeline(pretrain / "timeline.json", facts["device"]),
     )
-
-
-def planned(recipe: RecipeConfig, points: int = 400) -> tuple[Schedule, ...]:
-    """What the recipe changes over tokens; quantities that stay at zero are left out."""
-    steps = Plan(recipe).table(points)
-    quantities: dict[str, Callable[[Step], float]] = {
-        "learning rate": lambda step: step.learning_rate,
-        **({"Muon learning rate": lambda step: step.muon_learning_rate} if recipe.optimizer.name == "muon" else {}),
-        "MTP weight (lambda)": lambda step: step.mtp_weight,
-        "bias update speed (gamma)": lambda step: step.bias_update_speed,
-        "balance loss weight (alpha)": lambda step: step.balance_weight,
-        "sequences per step": lambda step: float(step.sequences),
-    }
-    schedules = [
-        Schedule(name, tuple((float(step.tokens_before), value(step)) for step in steps))
-        for name, value in quantities.items()
-    ]
-    return tuple(schedule for schedule in schedules if any(value for _, value in schedule.points))
 
 
 def read_evaluation(evaluate: Path) -> Evaluation:

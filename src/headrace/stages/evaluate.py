@@ -1,6 +1,7 @@
 """evaluate: the converted model measured on held-out text and local tasks, beside its baselines."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,8 +10,8 @@ from headrace.artifacts.files import read_json
 from headrace.evaluation.evaluate import Inputs, evaluate
 from headrace.fp8.numerics import Numerics
 from headrace.launch.device import resolve, use_threads
-from headrace.stages import provenance
-from headrace.stages.convert import model_file, trained_state
+from headrace.recipe.schedule import Schedule
+from headrace.stages import convert, provenance
 from headrace.stages.run import Door, Outcome, Run, main
 from headrace.tokens.loader import Batches, TokenDataset
 
@@ -22,26 +23,21 @@ def body(run: Run) -> Outcome:
     use_threads(config.launch.threads)
     tokens = run.input("tokenize", quick=True)
 
-    def training_rows() -> NDArray[np.integer]:
-        """int64 [R, L + 1]: exactly the rows that the model has seen, those of `train.from` included."""
-        train = TokenDataset(tokens).split("train")
-        batches = Batches(train, config.seed.data, config.recipe.sequence_length, 1)
-        return batches.batch(0, trained_state(run)["position"]).numpy()
-
     inputs = Inputs(
         hub_folder=run.input("convert"),
-        checkpoint_model_file=model_file(run),
+        checkpoint=convert.checkpoint(run),
         agreement_file=run.input("pretrain") / "agreement.safetensors",
         heldout=run.input("corpus") / "heldout.parquet",
         tokenizer_folder=run.input("tokenizer"),
-        training_rows=training_rows,
+        training_rows=lambda: training_rows(run, tokens),
         identity=dict(run.inputs),
-        final=config.convert.step is None and _trained_on_such_a_machine(run, device.type),
+        kind=convert.kind(run),
+        final=_is_what_was_in_memory(run) and _trained_on_such_a_machine(run, device.type),
     )
     results = evaluate(
         inputs,
         config.evaluate,
-        config.model,
+        convert.network(run),
         config.recipe.sequence_length,
         Numerics.resolve(config.precision, device),
         config.convert.dtype,
@@ -53,6 +49,44 @@ def body(run: Run) -> Outcome:
     scores = {name: entry["value"] for name, entry in results["bits_per_byte"]["kinds"]["all"]["models"].items()}
     line = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     return Outcome(f"bits per byte: {line}", {"bits_per_byte": scores.pop("model"), **scores})
+
+
+def training_rows(run: Run, tokens: Path) -> NDArray[np.integer]:
+    """int64 [R, L + 1], L = recipe.sequence_length: exactly the rows that the model has seen, `train.from`'s included.
+
+    Longer rows of context extension are cut into rows of L + 1; what is left at their ends is not used.
+    """
+    recipe, train = run.config.recipe, TokenDataset(tokens).split("train")
+    length = recipe.sequence_length
+    seen = []
+    for own, rows in rows_read(run).items():
+        read = Batches(train, run.config.seed.data, own, 1).batch(0, rows).numpy()
+        seen += [read[:, start : start + length + 1] for start in range(0, own - length + 1, length)]
+    return np.concatenate(seen)
+
+
+def rows_read(run: Run) -> dict[int, int]:
+    """How many rows of each length the model has seen: each length has an order of its own, read from its beginning."""
+    state, schedule = convert.trained_state(run), Schedule(run.config.recipe)
+    rows = {run.config.recipe.sequence_length: int(state["position"])}
+    for phase in schedule.phases:
+        if phase.sequence_length != run.config.recipe.sequence_length and phase.first < state["step"]:
+            last = schedule.at(min(phase.end, state["step"]) - 1)
+            rows[phase.sequence_length] = last.position + last.sequences
+    return rows
+
+
+def _is_what_was_in_memory(run: Run) -> bool:
+    """Whether what was converted are the weights that training ended with, of which it left results."""
+    chosen = run.config.convert
+    if chosen.step is None and chosen.weights == "final":
+        return True
+    run.log.warning(
+        "convert.step=%s, convert.weights=%s: in-memory results are the last weights' and are not compared",
+        "null" if chosen.step is None else chosen.step,
+        chosen.weights,
+    )
+    return False
 
 
 def _trained_on_such_a_machine(run: Run, device: str) -> bool:

@@ -20,7 +20,7 @@ import torch
 
 from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import link_or_copy, read_json, write_json
-from headrace.checkpoint import store
+from headrace.checkpoint.reader import steps
 from headrace.config.compose import group_to_dict
 from headrace.evaluation.precision import headline, side_by_side, study_facts
 from headrace.fp8.numerics import describe
@@ -38,6 +38,7 @@ from headrace.training.learner import build_engine
 from headrace.training.loss_log import LossLog, read_losses
 from headrace.training.progress import progress_on
 from headrace.training.rows import open_rows
+from headrace.training.supervisor import phase_behind
 from headrace.training.trainer import DivergenceError, Place, Trainer, Watchers
 from headrace.training.trials import BASELINE, CANDIDATE, Trial, format_name, trials
 
@@ -59,7 +60,8 @@ def body(run: Run) -> Outcome:
     dataset = run.input("tokenize", quick=True)  # the loader verifies every shard as it opens it
     results = [_result(run, trial, dataset, device) for trial in planned]
     schedule = Schedule(planned[0].recipe)
-    facts = study_facts(results, run.config.study.smoothing, schedule.steps, schedule.tokens_after(1))
+    tokens = [schedule.tokens_after(step + 1) for step in range(schedule.steps)]
+    facts = study_facts(results, run.config.study.smoothing, tokens)
     write_json(run.output / STUDY, {**facts, "formats": side_by_side(formats[BASELINE], formats[CANDIDATE])})
     write_study(read_study(run.output, STUDY), run.output / PAGE)
     difference = facts["difference"]
@@ -86,21 +88,25 @@ def _result(run: Run, trial: Trial, dataset: Path, device: torch.device) -> dict
 
 def _train(run: Run, trial: Trial, dataset: Path, device: torch.device) -> dict[str, Any]:
     folder, name = run.folder / "runs" / trial.name, format_name(trial.precision)
-    alone = replace(run.config.parallel, pipeline=1, data=1, expert=1, layers=None, schedule="auto")
+    alone = replace(run.config.parallel, pipeline=1, data=1, expert=1, layers=None, schedule="auto", phases=())
     config = run.config_with(precision=trial.precision, seed=trial.seed, recipe=trial.recipe, parallel=alone)
     flops = training_flops(config.model, config.recipe.sequence_length, mtp=bool(config.model.num_nextn_predict_layers))
     place = Place(folder / CHECKPOINTS, f"{run.place.fingerprint}-{trial.name}", flops, None)
     run.log.info("%s: %s, seeds %s", trial.name, name, asdict(trial.seed))
     with _tracker(run, trial, folder) as tracker:
-        shown = LossLog(folder / LOSSES, progress_on(name=f"{trial.name} ({name})"))
-        watchers = Watchers(tracker, run.log, run.deadline, shown)
-        trainer = Trainer(config, build_engine(config, device), open_rows(dataset, config), place, watchers)
         diverged = False
+        phase: str | None = phase_behind(folder / CHECKPOINTS, Schedule(trial.recipe))
         try:
-            with run.deadline.polled():
-                end = trainer.run()
-            if not end.finished:
-                raise StopRequested(f"{end.reason}, {trial.name} saved at step {end.step}")
+            while phase:
+                shown = LossLog(folder / LOSSES, progress_on(name=f"{trial.name} ({name})"))
+                watchers = Watchers(tracker, run.log, run.deadline, shown)
+                engine, rows = build_engine(config, device, phase=phase), open_rows(dataset, config, phase)
+                trainer = Trainer(config, engine, rows, replace(place, phase=phase), watchers)
+                with run.deadline.polled():
+                    end = trainer.run()
+                if end.reason:
+                    raise StopRequested(f"{end.reason}, {trial.name} saved at step {end.step}")
+                phase = end.next_phase
         except DivergenceError as error:
             run.log.warning("%s: %s", trial.name, error)
             diverged = True
@@ -146,7 +152,7 @@ def steps_done(run_folder: Path) -> int:
         if (folder / RESULT).exists():
             done += len(read_json(folder / RESULT)["losses"]) + 1
         else:
-            done += max(store.steps(folder / CHECKPOINTS), default=0)
+            done += max(steps(folder / CHECKPOINTS), default=0)
     return done
 
 

@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from headrace.artifacts.files import link_or_copy, read_json, write_json
-from headrace.checkpoint import store
+from headrace.checkpoint.reader import at_step, steps
+from headrace.config.phases import phase_names
 from headrace.errors import UserError
 from headrace.fp8.numerics import describe
-from headrace.launch.deadline import StopRequested
 from headrace.launch.device import resolve
-from headrace.launch.start import started
-from headrace.launch.supervisor import supervise
 from headrace.pipeline.engine import schedule_of
-from headrace.planning.flops import training_flops
+from headrace.reporting.recipe import write_recipe
+from headrace.reporting.reliability import RELIABILITY
 from headrace.stages.run import Door, Outcome, Run, main
-from headrace.training import on_rank
-from headrace.training.on_rank import Job, train
+from headrace.training import ledger
+from headrace.training.ledger import figures, read
+from headrace.training.on_rank import Job
 from headrace.training.progress import progress_on
+from headrace.training.supervisor import train_supervised
 from headrace.training.trainer import Place, Watchers
 
 FORMATS = "formats.json"  # the table "what runs in which format"
@@ -30,22 +31,23 @@ def checkpoints(run_folder: Path) -> Path:
 
 
 def body(run: Run) -> Outcome:
-    """Train from the newest whole checkpoint to the end of the recipe, or save and stop where the deadline says so."""
+    """Train from the newest good checkpoint to the end of the recipe, or save and stop where the deadline says so."""
     config = run.config
     device = resolve(config.launch.device)
     formats = describe(config.precision, device)
     for row in formats:
         run.log.info("%s: %s", row["what"].strip(), row["format"])
-    name, reason = schedule_of(config)
-    run.log.info("pipeline schedule %s: %s", name, reason)
-    flops = training_flops(config.model, config.recipe.sequence_length, mtp=bool(config.model.num_nextn_predict_layers))
-    source = _source(run)
-    timeline = run.folder / TIMELINE
-    place = Place(checkpoints(run.folder), run.place.fingerprint, flops, source, _same_rows(run, source), timeline)
-    job = Job(config, run.input("tokenize", quick=True), run.output, place)
-    world = config.parallel.pipeline * config.parallel.data
-    facts = _on_ranks(run, job, world) if world > 1 else _here(run, job)
+    for phase in phase_names(config.recipe):
+        run.log.info("%s: pipeline schedule %s: %s", phase, *schedule_of(config, phase))
+    for path in write_recipe(config.recipe, run.folder):  # to be looked at before training has begun
+        link_or_copy(path, run.output / path.name)
+    tokens = run.input("tokenize", quick=True)
+    job = Job(config, tokens, run.output, _place(run))
+    with run.deadline.polled():
+        facts = train_supervised(job, run.folder, Watchers(run.tracker, run.log, run.deadline, progress_on()))
     write_json(run.output / FORMATS, formats)
+    write_json(run.output / RELIABILITY, figures(read(run.folder / ledger.NAME)))
+    timeline = run.folder / TIMELINE
     if timeline.exists():
         link_or_copy(timeline, run.output / TIMELINE)
     summary = {key: facts[key] for key in ("steps", "tokens", "loss", "validation_loss", "tokens_per_second", "mfu")}
@@ -53,44 +55,32 @@ def body(run: Run) -> Outcome:
     return Outcome(f"{losses}, {facts['tokens_per_second']:,.0f} tokens/s", summary)
 
 
-def _here(run: Run, job: Job) -> dict[str, Any]:
-    """Train in this process."""
-    with run.deadline.polled():
-        return train(job, Watchers(run.tracker, run.log, run.deadline, progress_on()))
+def _place(run: Run) -> Place:
+    """Where the run stands, and what its checkpoints are bound to."""
+    source = _source(run)
+    return Place(
+        checkpoints(run.folder),
+        run.place.fingerprint,
+        flops_per_token=0.0,  # each phase has its own: `supervisor.job_in_phase`
+        source=source,
+        same_rows=_same_rows(run, source),
+        timeline=run.folder / TIMELINE,
+        slice=run.place.slice,
+        data=run.inputs["tokenize"],
+        code=_code(run),
+    )
 
 
-def _on_ranks(run: Run, job: Job, world: int) -> dict[str, Any]:
-    """Start the ranks, pass on what the first of them tells, and wait for all."""
-    folder, launch = run.folder / "ranks", run.config.launch
-    folder.mkdir(exist_ok=True)
-    job.write(folder / "job.json")
-    progress, facts = progress_on(), dict[str, Any]()
-
-    def on_message(rank: int, kind: str, payload: Any) -> None:
-        if kind == on_rank.LOG:
-            run.log.log(*payload)
-        elif kind == on_rank.METRICS:
-            run.tracker.log(*payload)
-        elif kind == on_rank.PROGRESS:
-            progress.update(*payload)
-        elif kind == on_rank.SUMMARY:
-            facts.update(payload)
-
-    program = ["-m", on_rank.__name__, str(folder / "job.json")]
-    try:
-        with run.deadline.polled(), started(program, world, launch.start, folder) as ranks:
-            end = supervise(ranks, on_message, run.deadline, launch.hang_seconds)
-    finally:
-        progress.close()
-    if end.stopped:
-        raise StopRequested(end.stopped)
-    return facts
+def _code(run: Run) -> str:
+    """The commit at work, with the hash of what was changed since."""
+    code = read_json(run.folder / "provenance.json")["code"]
+    return f"{code['commit'] or 'no commit'}{' with changes ' + code['diff'] if code['dirty'] else ''}"
 
 
 def _source(run: Run) -> Path | None:
     """The checkpoint folder that `train.from` names; None without one, or where this run has its own checkpoints."""
     named = run.config.train.from_
-    if named is None or store.steps(checkpoints(run.folder)):
+    if named is None or steps(checkpoints(run.folder)):
         return None
     fingerprint, _, step = named.partition("@")
     folder = run.folder.parent / fingerprint
@@ -98,7 +88,7 @@ def _source(run: Run) -> Path | None:
         raise UserError(f"train.from={named}: there is no run {folder}; `headrace runs` lists what there is")
     if _tokens_of(folder)["parents"]["tokenizer"] != _tokens_of(run.folder)["parents"]["tokenizer"]:
         raise UserError(f"train.from={named}: that run has another tokenizer, so its embedding means other tokens")
-    source = store.at_step(checkpoints(folder), int(step))
+    source = at_step(checkpoints(folder), int(step))
     run.inputs["train.from"] = source.manifest_hash
     return source.folder
 
@@ -126,7 +116,7 @@ def _shown(loss: float | None) -> str:
 
 def newest_step(run_folder: Path) -> int:
     """How far an interrupted run has got."""
-    return max(store.steps(checkpoints(run_folder)), default=0)
+    return max(steps(checkpoints(run_folder)), default=0)
 
 
 DOOR = Door("pretrain", body, progress=newest_step)

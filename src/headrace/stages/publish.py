@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from headrace.artifacts.files import read_json, write_json
+from headrace.config.schema import Config
 from headrace.conversion.export import INDEX
 from headrace.conversion.fp8_layout import cuts_blocks, fp8_weights
 from headrace.conversion.hub_config import CONFIG
 from headrace.conversion.names import hub_tensors
 from headrace.errors import UserError
+from headrace.planning.describe import run_flops
 from headrace.planning.parameters import count
 from headrace.publication.facts import CardFacts, DataSource, Measurement
 from headrace.publication.hub import KERNEL, push
@@ -19,6 +21,7 @@ from headrace.publication.kernels import KernelRepository, build_kernel_reposito
 from headrace.publication.repository import build_repository
 from headrace.stages import provenance
 from headrace.stages.convert import trained_state
+from headrace.stages.evaluate import rows_read
 from headrace.stages.run import Door, Outcome, Run, main
 
 PUBLICATION = "publication.json"
@@ -86,8 +89,8 @@ def card_facts(run: Run) -> CardFacts:
         parameters_activated=parameters.activated,
         parameters_mtp=parameters.mtp,
         tokens=seen["tokens"],
-        sequence_length=config.recipe.sequence_length,
-        flops=seen["tokens"] * training["flops_per_token"],
+        sequence_lengths=list(rows_read(run)),
+        flops=run_flops(config, seen["step"]),
         seconds=seen["seconds"],
         hardware=f"{trained['machine']['processor']}, {training['threads']} threads, {training['device']}",
         precision=training["precision"],
@@ -102,7 +105,15 @@ def card_facts(run: Run) -> CardFacts:
         code_version=_code_version(trained["code"]),
         command=run.command,
         languages=["en", "code"] if config.corpus.source == "environment" else [],
+        limits=list(_limits(config)),
     )
+
+
+def _limits(config: Config) -> Iterator[str]:
+    """What else to know of the weights."""
+    if config.convert.weights == "ema":
+        decay = config.recipe.ema_decay
+        yield f"The weights are the moving average of those in training, with a decay of {decay} a step."
 
 
 def _code_version(code: dict[str, Any]) -> str:

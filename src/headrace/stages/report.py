@@ -11,6 +11,7 @@ from headrace.config.schema import Config
 from headrace.reporting import read
 from headrace.reporting.facts import PrecisionStudy, Publication, ReportFacts
 from headrace.reporting.page import write_report
+from headrace.reporting.reliability import RELIABILITY, read_reliability
 from headrace.reporting.table import summary_table
 from headrace.stages.places import Place
 from headrace.stages.publish import PUBLICATION, repository_of
@@ -49,10 +50,11 @@ def collect(run: Run) -> ReportFacts:
         config=_as_written(run.config, places),
         differences=read.differences(_as_written(load(), places), _as_written(run.config, places)),
         data=read.read_data(folders["corpus"], folders["tokenize"]),
-        training=read.read_training(folders["pretrain"], config.model, config.recipe),
+        training=read.read_training(folders["pretrain"], config.model),
         evaluation=read.read_evaluation(folders["evaluate"]),
         publication=_publication(folders["publish"], config),
         study=_study(run, folders),
+        reliability=read_reliability(folders["pretrain"] / RELIABILITY),
         versions=trained["versions"],
         machine={key.replace("_", " "): str(value) for key, value in trained["machine"].items()},
         code={

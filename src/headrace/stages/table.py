@@ -35,7 +35,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("corpus", keys=("corpus",), parents=(), version=1),
     Stage("tokenizer", keys=("tokenizer",), parents=("corpus",), version=1),
     Stage("tokenize", keys=("tokens",), parents=("corpus", "tokenizer"), version=1),
-    Stage("pretrain", keys=("model", "precision", "recipe", "train", "seed"), parents=("tokenize",), version=1),
+    Stage("pretrain", keys=("model", "precision", "recipe", "train", "seed"), parents=("tokenize",), version=2),
     Stage("convert", keys=("convert",), parents=("tokenizer", "pretrain"), version=1),
     Stage(
         "evaluate", keys=("evaluate",), parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert"), version=1

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from headrace.config.schema import OptimizerConfig
+from headrace.config.recipe import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -25,8 +25,8 @@ class History:
         self.loads: list[Load] = list(state["loads"]) if state else []
 
     def state(self) -> dict[str, Any]:
-        """The whole log as JSON."""
-        return {"rows": self.rows, "load_steps": self.load_steps, "loads": self.loads}
+        """The whole log as JSON, a copy that does not grow with it."""
+        return {"rows": list(map(dict, self.rows)), "load_steps": list(self.load_steps), "loads": list(self.loads)}
 
     def add(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Log `metrics` after `step` steps and `tokens` tokens; more metrics of the same step join its row."""

@@ -1,8 +1,8 @@
 """One rank's part of a training run: the same program whether it is the stage's own process or one of many ranks.
 
 A layout of several ranks is started by the stage (`launch`), which keeps what a run has only once: its lease, its log,
-its tracker, the deadline. Each rank reads the job from a file, trains, and the first one tells the stage what to log,
-show and track:
+its tracker, its ledger, the deadline. Each rank reads the job from a file, trains, and the first one tells the stage
+what to log, show, track and write into the ledger, and how the phase of the recipe ended:
 
     python -m headrace.training.on_rank results/pretrain/<fingerprint>/ranks/job.json
 
@@ -12,7 +12,7 @@ The configuration in the job holds the groups that training reads, and no others
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from headrace.launch.deadline import StopRequested
 from headrace.launch.device import resolve, use_threads
 from headrace.launch.rank import Rank, run_as_rank
 from headrace.training.learner import build_engine
+from headrace.training.place import Place, Watchers
 from headrace.training.rows import open_rows
-from headrace.training.trainer import Place, Trainer, Watchers
+from headrace.training.trainer import Trainer
 
 GROUPS = ("seed", "model", "precision", "recipe", "train", "parallel", "launch", "checkpoint", "tracking")
-LOG, METRICS, PROGRESS, SUMMARY = "log", "metrics", "progress", "summary"
+LOG, METRICS, PROGRESS, EVENT, STRETCH = "log", "metrics", "progress", "event", "stretch"
 """Kinds of what the first rank tells."""
 _PLACE = TypeAdapter(Place)
 
@@ -57,8 +58,17 @@ class Job:
         return Job(groups_from(said["config"]), Path(said["dataset"]), Path(said["output"]), place)
 
 
-def train(job: Job, watchers: Watchers, rank: Rank | None = None) -> dict[str, Any]:
-    """Train to the end and write the artifact's files; returns `Trainer.summary`. Without `rank` in one process.
+@dataclass(frozen=True)
+class Stretch:
+    """The steps that one set of ranks took: to `step`, from which the next phase goes on, if there is one."""
+
+    step: int
+    next_phase: str | None
+    summary: dict[str, Any] | None  # `Trainer.summary`, once all is done
+
+
+def train(job: Job, watchers: Watchers, rank: Rank | None = None) -> Stretch:
+    """Train a phase to its end; after the last, write the artifact's files. Without `rank` in one process.
 
     Raises `StopRequested` once the state is saved because the deadline said so.
     """
@@ -69,17 +79,18 @@ def train(job: Job, watchers: Watchers, rank: Rank | None = None) -> dict[str, A
     threads = use_threads(launch.threads, rank.ranks_here if rank else 1)
     watchers.logger.info("device %s (launch.device=%s), %d threads", device, launch.device, threads)
     # The loader verifies every shard as it opens it.
-    rows = open_rows(job.dataset, job.config)
-    engine = build_engine(job.config, device, rank.rank if rank else 0, rank)
+    rows = open_rows(job.dataset, job.config, job.place.phase)
+    engine = build_engine(job.config, device, rank.rank if rank else 0, rank, job.place.phase)
     try:
         trainer = Trainer(job.config, engine, rows, job.place, watchers)
         end = trainer.run()
-        if not end.finished:
+        if end.reason:
             raise StopRequested(f"{end.reason}, saved at step {end.step}")
-        trainer.write_results(job.output)
+        if end.finished:
+            trainer.write_results(job.output)
     finally:
         engine.close()
-    return trainer.summary()
+    return Stretch(end.step, end.next_phase, trainer.summary() if end.finished else None)
 
 
 def body(rank: Rank) -> None:
@@ -91,13 +102,16 @@ def body(rank: Rank) -> None:
     logger.setLevel(job.config.tracking.log_level.upper())
     logger.propagate = False
     logger.addHandler(_Handler(rank) if rank.rank == 0 else logging.StreamHandler())
-    summary = train(job, Watchers(told, logger, _Deadline(rank), told), rank)
+    stretch = train(job, Watchers(told, logger, _Deadline(rank), told, told.event, rank.busy_seconds), rank)
     if rank.rank == 0:
-        rank.tell(SUMMARY, summary)
+        rank.tell(STRETCH, asdict(stretch))
 
 
 class _Silent:
-    """Tracker and progress of every rank but the first."""
+    """Tracker, progress and ledger of every rank but the first."""
+
+    def event(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Nothing."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Nothing."""
@@ -110,10 +124,14 @@ class _Silent:
 
 
 class _Told(_Silent):
-    """Tracker and progress that tell the stage."""
+    """Tracker, progress and ledger that tell the stage."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
+
+    def event(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Pass an event on."""
+        self._rank.tell(EVENT, [name, dict(facts)])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Pass metrics on."""

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from headrace.config.schema import OptimizerConfig, PrecisionConfig
+from headrace.config.recipe import OptimizerConfig
+from headrace.config.schema import PrecisionConfig
 from headrace.parallel.shards import Piece
 from headrace.training.adamw import AdamW
 from headrace.training.muon import Muon
@@ -61,6 +62,12 @@ class Optimizer:
         adamw = [(n, moment, t) for n, state in self._adamw.moments.items() for moment, t in state.items()]
         muon = [(name, _MOMENTUM, buffer) for name, buffer in self._muon.buffers.items()]
         return [self._pieces[name].of(f"{name}/{moment}", tensor) for name, moment, tensor in (*adamw, *muon)]
+
+    def reset(self) -> None:
+        """Forget all updates."""
+        for piece in self.moments():
+            piece.tensor.zero_()
+        self._adamw.set_updates(0)
 
     def state(self) -> dict[str, Any]:
         """What is no tensor, as JSON: the number of updates applied."""

@@ -1,6 +1,7 @@
 """The files of a finished run, as the next stages read them.
 
-model.safetensors       hard link of the last checkpoint's: parameters and router biases, FP32
+checkpoint/             hard links of the last checkpoint's slices.json and files of the kinds model (parameters and
+                        router biases, FP32) and ema (their average), to be read by `checkpoint.reader.tensors_of`
 training.json           what was trained and how fast: the keys are those of `Results.summary`
 metrics.jsonl           one line per logged step: {"step", "tokens", metric: value, ...}, each step once
 expert_load.json        {"steps", "tokens", "layers": {layer: [[share per expert] per step]},
@@ -10,6 +11,7 @@ agreement.safetensors   `tokens` int64 [R, T+1], held-out rows, and `log_probabi
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from headrace.artifacts.files import link_or_copy, write_atomic, write_json
 from headrace.artifacts.tensors import save_tensors
-from headrace.checkpoint.store import Checkpoint
+from headrace.checkpoint.reader import Checkpoint
+from headrace.checkpoint.slices import TABLE
 from headrace.training.history import History, max_violation, shares
 
 
@@ -30,14 +33,18 @@ class Results:
     history: History
     summary: dict[str, Any]
     layers: list[str]  # names of the MoE layers, in the order of the counts
-    tokens_per_step: int
+    tokens_after: Callable[[int], int]  # so many steps
     agreement_tokens: Tensor  # int64 [R, T+1]
     agreement_log_probabilities: Tensor  # float32 [R, T]
 
 
 def write_results(folder: Path, results: Results) -> None:
     """Write the files listed above into `folder`, which exists."""
-    link_or_copy(results.checkpoint.model_file, folder / "model.safetensors")
+    weights = folder / "checkpoint"
+    weights.mkdir()
+    for path in sorted(results.checkpoint.folder.iterdir()):
+        if path.name == TABLE or path.name.startswith(("model-", "ema-")):
+            link_or_copy(path, weights / path.name)
     write_json(folder / "training.json", results.summary)
     lines = (json.dumps(row, allow_nan=False) + "\n" for row in results.history.rows)
     write_atomic(folder / "metrics.jsonl", "".join(lines).encode())
@@ -56,7 +63,7 @@ def expert_load(results: Results) -> dict[str, Any]:
     layers = list(enumerate(results.layers))
     return {
         "steps": history.load_steps,
-        "tokens": [step * results.tokens_per_step for step in history.load_steps],
+        "tokens": [results.tokens_after(step) for step in history.load_steps],
         "layers": {name: [[round(share, 6) for share in load[i]] for load in by_step] for i, name in layers},
         "maxvio": {name: [round(values[i], 6) for values in violations] for i, name in layers},
         "maxvio_mean": [round(sum(values) / len(values), 6) for values in violations if values],

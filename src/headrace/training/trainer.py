@@ -1,18 +1,19 @@
-"""The training loop: any layout, exact resume, a checkpoint before every reason to stop.
+"""The training loop: any layout, exact resume, checkpoints written beside it.
 
 One step: read the step's rows, let the engine add up the gradient over microbatches and ranks, clip it by its global
 norm, apply the optimizer to what this rank owns, move the routers' biases once from the counts of the whole batch. What
-holds at a step (rates, weights, speeds) comes from the recipe's schedule; the trainer decides nothing of it.
+holds at a step (batch, rates, weights, speeds) comes from the recipe's schedule, what is done about a step that is not
+as it should be from `policies`; the trainer decides nothing of it.
 
-With several ranks each runs this loop, with the same figures; the first of them writes checkpoints and results, and its
-word counts where they could differ (when to stop, which checkpoint to take up).
+With several ranks each runs this loop, with the same figures. At the top of it they exchange a few words: what the
+first rank wants (stop, save, draw a timeline), how each one's part of a save has got on, how long each was at work.
 
-A step whose losses or gradient norm are not finite is not applied, neither to weights nor biases, and its rows are
-passed over; after `MAX_SKIPPED` in a row the run stops with an error, its last checkpoint untouched.
+A trainer takes the steps of one phase of the recipe, whose model, layout and sequence length its learner and rows have.
+It begins and ends with a checkpoint, from which the next phase, or another trainer of the same, goes on.
 
-Exact resume: weights, biases, moments, position in the data, random state, counters and the log of metrics come from
-the newest whole checkpoint, so a run that was killed any number of times ends bitwise equal to one that was not (the
-same machine and number of threads given). Only measured speeds differ.
+Exact resume: weights, biases, moments, the average of the weights, position in the data, random state, counters and the
+log of metrics come from the newest checkpoint that is whole, so a run that was killed any number of times ends bitwise
+equal to one that was not (the same machine, layout and number of threads given). Only measured speeds differ.
 
 `train.from` starts a new run from another run's checkpoint: weights, biases, moments and the count of optimizer
 updates are taken over, and the position in the data where both runs read the same rows, so that no row is read again
@@ -22,133 +23,103 @@ On CUDA the loop itself waits for the device once a step, when the losses are re
 layer with experts waits for its counts.
 """
 
-import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from logging import Logger
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.artifacts.files import write_json
-from headrace.checkpoint.retain import retain
-from headrace.checkpoint.store import checkpoint_folder, load, newest_valid, save
-from headrace.config.schema import Config, ModelConfig
-from headrace.parallel.assembly import gather
+from headrace.checkpoint.reader import Checkpoint, checkpoint_folder, open_checkpoint
+from headrace.config.schema import Config
 from headrace.recipe.schedule import Schedule, Step
+from headrace.training.ema import Ema
 from headrace.training.gemm_peak import gemm_peak
-from headrace.training.history import History, max_violation, wants_load
+from headrace.training.history import History
+from headrace.training.integrity import CorruptionError, Integrity
 from headrace.training.learner import Learner
 from headrace.training.optimizer import Optimizer
-from headrace.training.progress import Progress
+from headrace.training.place import Outcome as Outcome
+from headrace.training.place import Place as Place
+from headrace.training.place import Watchers as Watchers
+from headrace.training.policies import DivergenceError as DivergenceError
+from headrace.training.policies import Policies, Verdict, diagnosis, passing_over, regular
 from headrace.training.results import Results, write_results
-from headrace.training.resume import Counters, begin_from, capture, deterministic, resume
+from headrace.training.resume import (
+    EMA,
+    MODEL,
+    Counters,
+    Identity,
+    Parts,
+    begin_from,
+    capture,
+    deterministic,
+    load_weights,
+    take_up,
+)
 from headrace.training.rows import Rows
+from headrace.training.saving import Rhythm, Saver
+from headrace.training.slow import SlowRanks
+from headrace.training.telling import Figures, Telling
+from headrace.training.telling import moe_layers as moe_layers
 
-MAX_SKIPPED = 5
 TIMELINE_STEP = 5
 RECENT_ROWS = 10
 """The training loss of training.json is the mean over so many logged steps."""
 
 
-class DivergenceError(RuntimeError):
-    """Several steps in a row had a loss or gradient that is no finite number."""
-
-
-class Tracker(Protocol):
-    """Where metrics go while the run goes on."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-
-class Deadline(Protocol):
-    """Why to stop now, or None."""
-
-    def reason(self) -> str | None: ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run stands: its folder of checkpoints, its identity, and what it starts from."""
-
-    checkpoints: Path
-    fingerprint: str  # a checkpoint of another run is refused
-    flops_per_token: float  # model FLOPs of forward and backward, for MFU
-    source: Path | None  # train.from: the folder of another run's checkpoint
-    same_rows: bool = False  # whether that run read the same rows in the same order, so that this one goes on behind
-    timeline: Path | None = None  # where the timeline of one step is written
-
-
-@dataclass(frozen=True)
-class Watchers:
-    """Who is told what happens, and who may ask the run to stop."""
-
-    tracker: Tracker
-    logger: Logger
-    deadline: Deadline
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How `Trainer.run` ended: all steps done, or saved after `step` of them because of `reason`."""
-
-    finished: bool
-    step: int
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class _Figures:
-    """One step's numbers on the host, and its expert counts still on the device."""
-
-    loss: float
-    mtp: float
-    balance: float
-    gradient_norm: float
-    counts: Tensor  # int64 [layers, E]
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.loss, self.mtp, self.balance, self.gradient_norm)))
-
-
-def moe_layers(model: ModelConfig) -> list[str]:
-    """Indices, as text, of the layers with experts in the order of `Losses.counts`; the MTP layer is the last."""
-    return [
-        str(i) for i in range(model.first_k_dense_replace, model.num_hidden_layers + model.num_nextn_predict_layers)
-    ]
-
-
 class Trainer:
-    """Trains `learner`, initialised, by `config.recipe` on `rows`."""
+    """Trains `learner`, initialised, by a phase of `config.recipe` on `rows`."""
 
     def __init__(self, config: Config, learner: Learner, rows: Rows, place: Place, watchers: Watchers) -> None:
         self._config, self._learner, self._rows, self._place, self._watch = config, learner, rows, place, watchers
-        self._optimizer = Optimizer(learner.reduction.pieces, config.recipe.optimizer, config.precision)
         self._schedule = Schedule(config.recipe)
+        self._phase = next(phase for phase in self._schedule.phases if phase.name == place.phase)
+        self._optimizer = Optimizer(learner.reduction.pieces, config.recipe.optimizer, config.precision)
+        decay = config.recipe.ema_decay
+        self._ema = Ema(learner.owned(), decay) if decay is not None else None
+        self._parts = Parts(learner, self._optimizer, self._ema)
+        self._identity = Identity(place.fingerprint, place.slice, place.data, place.code)
+        self._integrity = Integrity(learner, self._optimizer, config.launch, config.seed.data)
+        self._policies = Policies(config.train)
+        self._saver = Saver(place.checkpoints, config.checkpoint, learner, watchers.logger, watchers.ledger)
+        self._rhythm = Rhythm(config.checkpoint, config.parallel)
+        self._slow = SlowRanks(learner.roles())
+        tell = watchers.tracker, watchers.progress, watchers.logger
+        self._telling = Telling(config, self._schedule, place.flops_per_token, *tell, watchers.ledger)
         self._first = learner.mesh.rank == 0
-        self._taken = 0  # steps by this process
+        self._taken, self._busy = 0, 0.0  # steps by this process; seconds at work in the last of them
         self._counters, self._history = Counters(), History()
-        self._window = (0, 0.0)  # tokens and seconds since speed was last logged
-        self._peak = math.nan
+        self._ema_loss: float | None = None
 
     def run(self) -> Outcome:
-        """Train from the newest whole checkpoint, or from the start, to the end of the plan or to the deadline.
+        """Train from the newest whole checkpoint, or from the start, to the end of the phase or to the deadline.
 
-        Raises `UserError` where a checkpoint belongs to another run or does not fit, and `DivergenceError`.
+        Raises `UserError` where a checkpoint belongs to another run or does not fit, `DivergenceError`,
+        `CorruptionError`, and `SaveFailed` where the state at the end could not be saved.
         """
         with deterministic(self._learner.device):
+            began = time.perf_counter()
             with self._learner.watch.patiently("loading the checkpoint"):
                 self._start()
-            self._peak = gemm_peak(self._config.precision.compute, self._learner.device)
-            self._watch.logger.info("GEMM peak in %s: %.4g FLOP/s", self._config.precision.compute, self._peak)
+            loaded = time.perf_counter() - began
+            if self._elsewhere():
+                return self._outcome(None)
+            self._telling.peak = gemm_peak(self._config.precision.compute, self._learner.device)
+            self._watch.logger.info("GEMM peak in %s: %.4g FLOP/s", self._config.precision.compute, self._telling.peak)
+            self._watch.ledger("resumed", {"step": self._counters.step, "load": round(loaded, 6)})
             try:
                 return self._train()
+            except CorruptionError as error:
+                self._doubt(error)
+                raise
+            except DivergenceError:
+                self._saver.settle()
+                raise
             finally:
+                self._saver.wait()
                 self._watch.progress.close()
 
     def write_results(self, folder: Path) -> None:
@@ -156,16 +127,19 @@ class Trainer:
         assert self._counters.step == self._schedule.steps, "the run has not finished"
         rows = self._rows.agreement
         scores = self._learner.token_log_probabilities(self._to_device(rows), "the agreement rows").cpu()
+        found = open_checkpoint(checkpoint_folder(self._place.checkpoints, self._counters.step))
+        if self._ema:
+            self._ema_loss = self._measure_average(found)
         if not self._first:
             return
         write_results(
             folder,
             Results(
-                checkpoint=load(checkpoint_folder(self._place.checkpoints, self._counters.step)),
+                checkpoint=found,
                 history=self._history,
                 summary=self.summary(),
                 layers=moe_layers(self._config.model),
-                tokens_per_step=self._schedule.tokens_after(1),
+                tokens_after=self._schedule.tokens_after,
                 agreement_tokens=rows,
                 agreement_log_probabilities=scores,
             ),
@@ -179,19 +153,21 @@ class Trainer:
         return {
             "steps": counters.step,
             "tokens": tokens,
+            "phases": [[phase.name, phase.first, phase.end] for phase in self._schedule.phases],
             "loss": history.recent_mean("loss", RECENT_ROWS),
             "mtp_loss": history.recent_mean("mtp_loss", RECENT_ROWS),
             "validation_loss": history.last("validation_loss"),
+            "validation_loss_ema": self._ema_loss,
             "maxvio": history.recent_mean("maxvio", RECENT_ROWS),
-            "skipped_steps": counters.skipped,
+            "skipped_steps": counters.judged.skipped,
             "first_position": counters.first_position,
-            "position": counters.position,
+            "position": counters.next_position(self._schedule),
             "training_rows": self._rows.training_rows,
             "validation_rows": len(self._rows.validation),
             "seconds": counters.seconds,
             "tokens_per_second": speed,
-            "mfu": speed * self._place.flops_per_token / self._peak,
-            "gemm_peak_flops": self._peak,
+            "mfu": speed * self._place.flops_per_token / self._telling.peak,
+            "gemm_peak_flops": self._telling.peak,
             "flops_per_token": self._place.flops_per_token,
             "compute": self._config.precision.compute,
             "precision": "fp8" if self._config.precision.fp8 else self._config.precision.compute,
@@ -201,162 +177,199 @@ class Trainer:
         }
 
     def _start(self) -> None:
-        place, logger = self._place, self._watch.logger
-        found = newest_valid(place.checkpoints) if self._first else None
-        step = self._learner.agreed(found and found.step)
-        if step is not None:
-            found = found or load(checkpoint_folder(place.checkpoints, step), quick=True)
-            self._counters, self._history = resume(found, self._learner, self._optimizer, place.fingerprint)
-            logger.info("going on after step %d of %d", found.step, self._schedule.steps)
+        """Take up the newest checkpoint, or begin."""
+        if self._load(None):
+            self._watch.logger.info("going on after step %d of %d", self._counters.step, self._schedule.steps)
             return
+        self._begin()
+
+    def _load(self, at_most: int | None) -> bool:
+        """Load the newest checkpoint, of step `at_most` or before; whether there is one."""
+        place, accept = self._place, self._config.checkpoint.accept_other
+        found = take_up(place.checkpoints, self._identity, self._parts, at_most, accept, self._watch.logger)
+        if found:
+            self._counters, self._history = found
+            self._saver.trust(self._counters.step)
+            self._rhythm.saved(self._counters.step)
+        return found is not None
+
+    def _begin(self) -> None:
+        """The state before the first step; the learner is initialised."""
         torch.manual_seed(self._config.seed.init)
-        if place.source:
-            source = load(place.source, quick=not self._first)
-            self._counters = begin_from(source, self._learner, self._optimizer, place.same_rows)
-            logger.info("starting from %s, at row %d of the data", place.source, self._counters.position)
+        self._rhythm.saved(0)
+        self._counters, self._history = Counters(), History()
+        if source := self._place.source:
+            self._counters = begin_from(source, self._parts, self._place.same_rows)
+            self._watch.logger.info("starting from %s, at row %d of the data", source, self._counters.first_position)
 
     def _train(self) -> Outcome:
-        counters = self._counters
-        while counters.step < self._schedule.steps:
-            reason, traced = self._learner.agreed([self._watch.deadline.reason(), self._wants_timeline()])
-            if reason:
-                self._save()
-                return Outcome(False, counters.step, reason)
-            plan = self._schedule.at(counters.step)
+        while True:
+            reason, save, traced = self._meet()
+            step = self._counters.step
+            if reason or step == self._phase.end or self._elsewhere():
+                if step and not self._elsewhere():
+                    self._saver.last(step, self._parts.owned(), self._state())
+                return self._outcome(reason)
+            if save:
+                self._saver.begin(step, self._parts.owned(), self._state())
+                self._rhythm.saved(step)
+            plan = self._schedule.at(step)
             if traced:
                 self._learner.begin_timeline()
-            started = time.perf_counter()
-            figures = self._take_step(plan)
-            self._count(plan, time.perf_counter() - started)
+            self._take_step(plan)
             if traced:
                 self._write_timeline(plan)
-            self._report(plan, figures)
-            if counters.step % self._config.checkpoint.every_steps == 0:
-                self._save()
-        self._save()
-        return Outcome(True, counters.step, None)
 
-    def _take_step(self, plan: Step) -> _Figures:
+    def _meet(self) -> tuple[str | None, bool, bool]:
+        """The step's one exchange among ranks: why to stop, whether to save, and whether to draw the next step."""
+        wanted = None
+        if self._first:
+            save = self._rhythm.due(self._counters.step, self._saver.stall)
+            wanted = [self._watch.deadline.reason(), save, self._wants_timeline()]
+        said = self._learner.agreed_all([wanted, self._saver.word(), round(self._busy, 6)])
+        self._saver.look([word for _, word, _ in said])
+        for slow in self._slow.add([busy for _, _, busy in said]) if self._taken else ():
+            self._watch.logger.warning("rank %d is slow: at work %.2f times as long as others", slow.rank, slow.factor)
+            facts = {"step": self._counters.step, "rank": slow.rank, "factor": round(slow.factor, 3)}
+            self._watch.ledger("slow_rank", facts)
+        reason, save, traced = said[0][0]
+        return reason, save, traced
+
+    def _take_step(self, plan: Step) -> None:
+        """Take a step, apply it if it is as it should be, and tell of it; or go back to a checkpoint."""
+        started, busy = time.perf_counter(), self._watch.busy()
+        figures, norm = self._gradient(plan)
+        self._busy, self._taken = self._watch.busy() - busy, self._taken + 1
+        judged, number = self._counters.judged, plan.step + 1
+        diagnose = partial(diagnosis, self._learner)
+        verdict = self._policies.judge(judged, number, figures.loss, figures.finite, diagnose)
+        if verdict.apply:
+            self._apply(plan, figures, norm)
+        self._learner.recycle()
+        self._remark(plan, figures, verdict)
+        if verdict.streak or verdict.other_rows:
+            return self._go_back(plan, verdict)
+        seconds = time.perf_counter() - started
+        self._counters.step = number
+        self._counters.seconds += seconds
+        self._rhythm.took(seconds)
+        self._telling.took(plan, seconds)
+        validation = None
+        if self._telling.wants_validation(number):
+            rows = self._to_device(self._rows.validation)
+            validation = self._learner.measure(rows, f"the validation after step {number}")
+        self._telling.step(plan, figures, judged.skipped, validation, self._history)
+
+    def _gradient(self, plan: Step) -> tuple[Figures, Tensor]:
+        """The step's figures and the norm of its gradient, which the learner holds."""
         learner, mesh = self._learner, self._learner.mesh
         share = plan.sequences // mesh.data
-        batch = self._to_device(self._rows.batch(self._counters.position + mesh.data_rank * share, share))
-        losses = learner.step(batch, plan.mtp_weight, plan.balance_weight, f"step {plan.step + 1}")
+        position = self._counters.position(self._schedule, plan.step)
+        batch = self._to_device(self._rows.batch(position + mesh.data_rank * share, share))
+        step = partial(learner.step, batch, plan.mtp_weight, plan.balance_weight, f"step {plan.step + 1}")
+        twice = self._integrity.recomputes(plan.step)
+        losses = self._integrity.recompute(step, plan.step) if twice else step()
         norm = learner.reduction.norm()
         scalars = torch.stack([losses.main.double(), losses.mtp.double(), losses.balance.double(), norm])
         loss, mtp, balance, gradient_norm = scalars.tolist()  # the step's one wait
-        figures = _Figures(loss, mtp, balance, gradient_norm, losses.counts)
-        if figures.finite:
-            limit = self._config.recipe.optimizer.gradient_clip
-            learner.reduction.clip(limit, norm)
-            self._optimizer.step(plan.learning_rate, plan.muon_learning_rate)
-            learner.reduction.share()
-            learner.update_router_bias(losses.counts, plan.bias_update_speed)
-            self._counters.skipped_in_a_row = 0
-        else:
-            self._skip(plan, figures)
-        learner.recycle()
-        return figures
+        return Figures(loss, mtp, balance, gradient_norm, losses.counts), norm
+
+    def _apply(self, plan: Step, figures: Figures, norm: Tensor) -> None:
+        """Update weights and biases."""
+        learner = self._learner
+        learner.reduction.clip(self._config.recipe.optimizer.gradient_clip, norm)
+        self._integrity.before_update(plan.step)
+        if self._ema:
+            self._ema.wait()
+        self._optimizer.step(plan.learning_rate, plan.muon_learning_rate)
+        learner.reduction.share()
+        learner.update_router_bias(figures.counts, plan.bias_update_speed)
+        self._integrity.after_update(plan.step)
+        if self._ema:
+            self._ema.begin()
+
+    def _remark(self, plan: Step, figures: Figures, verdict: Verdict) -> None:
+        """Write down what is remarkable about a step."""
+        if verdict.why is None:
+            return
+        number = plan.step + 1
+        facts = {"step": number, "loss": str(figures.loss), "gradient_norm": str(figures.gradient_norm)}
+        how = f"loss {figures.loss:g}, gradient norm {figures.gradient_norm:g}"
+        if verdict.mean is not None:
+            how += f", {figures.loss / verdict.mean:.2f} times the mean of the steps before"
+            self._watch.ledger("spike", {**facts, "mean": verdict.mean, "policy": self._config.train.loss_spike.policy})
+        if not verdict.apply:
+            self._watch.ledger("skipped", {**facts, "why": verdict.why})
+        applied = "applied all the same" if verdict.apply else "not applied"
+        self._watch.logger.warning("step %d %s: %s (%s)", number, applied, how, verdict.why)
+
+    def _go_back(self, plan: Step, verdict: Verdict) -> None:
+        """Load the newest checkpoint before what went wrong, and go on from there."""
+        self._saver.settle()
+        passed, to = self._counters.passed, plan.step + 1 - verdict.streak
+        if verdict.other_rows:
+            to = regular(self._config.checkpoint.interval, plan.step, self._phase.first, self._saver.newest)
+            rows = self._schedule.position(plan.step) + plan.sequences - self._schedule.position(to)
+            passed = passing_over(passed, to, rows, plan.step + 1)
+        with self._learner.watch.patiently(f"going back from step {plan.step + 1} to step {to}"):
+            self._saver.forget_after(to)
+            if not self._load(to):
+                self._parts.reset()
+                self._begin()
+        self._integrity.forget()
+        found = self._counters.step
+        if verdict.other_rows:
+            self._counters.passed = passed
+        self._watch.logger.warning("went back from step %d to the checkpoint of step %d", plan.step + 1, found)
+        rows = sum(rows for _, rows in passed)
+        self._watch.ledger("rollback", {"step": plan.step + 1, "to": found, "why": verdict.why, "rows_passed": rows})
+
+    def _doubt(self, error: CorruptionError) -> None:
+        """Nothing that was saved since the state was last known to be good is to be gone on from."""
+        self._watch.ledger("corruption", error.facts)
+        if self._saver.step == self._counters.step:
+            self._saver.drop()
+        self._saver.settle()
+        self._saver.forget_after(self._counters.step - 1)
+
+    def _elsewhere(self) -> bool:
+        """Whether the run stands in another phase."""
+        return not self._phase.first <= self._counters.step <= self._phase.end
+
+    def _outcome(self, reason: str | None) -> Outcome:
+        step = self._counters.step
+        if step == self._schedule.steps and not self._elsewhere():
+            return Outcome(True, step, None)
+        *_, phase = (phase.name for phase in self._schedule.phases if phase.first <= step)
+        return Outcome(False, step, reason, None if reason else phase)
+
+    def _state(self) -> dict[str, Any]:
+        """What is no tensor of a checkpoint, on the first rank."""
+        if not self._first:
+            return {}
+        return capture(self._counters, self._schedule, self._parts, self._history, self._identity)
+
+    def _measure_average(self, found: Checkpoint) -> float:
+        """The validation loss of the average of the weights; the weights are as before afterwards."""
+        with self._learner.watch.patiently("loading the average of the weights"):
+            load_weights(found, EMA, self._learner)
+        rows = self._to_device(self._rows.validation)
+        loss = self._learner.measure(rows, "the validation of the average of the weights").main.item()
+        with self._learner.watch.patiently("loading the weights"):
+            load_weights(found, MODEL, self._learner)
+        return loss
 
     def _wants_timeline(self) -> bool:
         """Whether the next step is drawn: one of the first that this process takes, but not its first."""
-        path, self._taken = self._place.timeline, self._taken + 1
-        return self._taken == TIMELINE_STEP and path is not None and not path.exists()
+        path = self._place.timeline
+        if self._taken < TIMELINE_STEP - 1 or self._integrity.recomputes(self._counters.step):
+            return False
+        return path is not None and not path.exists()
 
     def _write_timeline(self, plan: Step) -> None:
         found = self._learner.timeline()
         if self._first and self._place.timeline is not None:
             write_json(self._place.timeline, {"step": plan.step + 1, **found})
-
-    def _skip(self, plan: Step, figures: _Figures) -> None:
-        counters = self._counters
-        counters.skipped += 1
-        counters.skipped_in_a_row += 1
-        self._watch.logger.warning(
-            "step %d not applied: loss %g, gradient norm %g", plan.step + 1, figures.loss, figures.gradient_norm
-        )
-        if counters.skipped_in_a_row == MAX_SKIPPED:
-            raise DivergenceError(
-                f"{MAX_SKIPPED} steps in a row, up to step {plan.step + 1}, had no finite loss or gradient; lower "
-                "recipe.learning_rate.peak or recipe.optimizer.muon_learning_rate, or use precision=fp32"
-            )
-
-    def _count(self, plan: Step, seconds: float) -> None:
-        self._counters.step += 1
-        self._counters.position += plan.sequences
-        self._counters.seconds += seconds
-        self._window = (self._window[0] + self._schedule.tokens_after(1), self._window[1] + seconds)
-
-    def _report(self, plan: Step, figures: _Figures) -> None:
-        step, steps = self._counters.step, self._schedule.steps
-        tokens, speed = self._schedule.tokens_after(step), self._window[0] / self._window[1]
-        # What the artifact records must not depend on how often somebody wants to be told.
-        recorded = figures.finite and wants_load(step, steps)
-        told = figures.finite and (step in (1, steps) or step % self._config.tracking.log_every == 0)
-        metrics: dict[str, float] = {}
-        if recorded or told:
-            metrics |= self._training_metrics(plan, figures, speed)
-            self._window = (0, 0.0)
-        validated: dict[str, float] = {}
-        if step == steps or step % self._config.train.validate_every == 0:
-            validated = self._finite(self._validation_metrics())
-        if recorded or validated:
-            self._history.add(step, tokens, {**(metrics if recorded else {}), **validated})
-        if told or validated:
-            self._watch.tracker.log(step, {"tokens": tokens, **metrics, **validated, **self._violations(figures)})
-        if recorded:
-            self._history.add_load(step, figures.counts.tolist())
-        self._watch.progress.update(step, steps, tokens, {"loss": figures.loss, "tokens_per_second": speed})
-
-    def _training_metrics(self, plan: Step, figures: _Figures, speed: float) -> dict[str, float]:
-        violations = max_violation(figures.counts.tolist())
-        return {
-            "loss": figures.loss,
-            "mtp_loss": figures.mtp,
-            "balance_loss": figures.balance,
-            "gradient_norm": figures.gradient_norm,
-            "learning_rate": plan.learning_rate,
-            "muon_learning_rate": plan.muon_learning_rate,
-            "skipped_steps": self._counters.skipped,
-            "tokens_per_second": speed,
-            "mfu": speed * self._place.flops_per_token / self._peak,
-            **({"maxvio": sum(violations) / len(violations)} if violations else {}),
-        }
-
-    def _violations(self, figures: _Figures) -> dict[str, float]:
-        """MaxVio by layer, for the tracker; the history keeps the loads themselves, at fewer steps."""
-        values = max_violation(figures.counts.tolist())
-        return {f"maxvio_layer_{name}": v for name, v in zip(moe_layers(self._config.model), values, strict=True)}
-
-    def _validation_metrics(self) -> dict[str, float]:
-        rows = self._to_device(self._rows.validation)
-        measured = self._learner.measure(rows, f"the validation after step {self._counters.step}")
-        violations = max_violation(measured.counts.tolist())
-        return {
-            "validation_loss": measured.main.item(),
-            "validation_mtp_loss": measured.mtp.item(),
-            **({"validation_maxvio": sum(violations) / len(violations)} if violations else {}),
-        }
-
-    def _finite(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Without values that no JSON can hold; the log names what is left out."""
-        kept = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        if len(kept) < len(metrics):
-            self._watch.logger.warning("not finite, left out: %s", sorted(metrics.keys() - kept.keys()))
-        return kept
-
-    def _save(self) -> None:
-        counters, place, learner, settings = self._counters, self._place, self._learner, self._config.checkpoint
-        if counters.step == 0:
-            return
-        with learner.watch.patiently(f"saving step {counters.step}"):
-            model = gather(learner.owned(), learner.mesh, learner.device)
-            moments = gather(self._optimizer.moments(), learner.mesh, learner.device)
-            if not self._first:
-                return
-            tokens, plan = self._schedule.tokens_after(counters.step), self._schedule.at(counters.step - 1)
-            state = capture(counters, tokens, plan, self._optimizer, self._history, place.fingerprint, learner.device)
-            save(place.checkpoints, counters.step, model, moments, state)
-            retain(place.checkpoints, settings.keep, settings.keep_every)
 
     def _to_device(self, rows: Tensor) -> Tensor:
         if self._learner.device.type == "cuda":

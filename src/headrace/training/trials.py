@@ -6,6 +6,7 @@
 
 Each run gets `study.tokens`. The schedules keep their shape: shares of the budget stay shares, and a span that the
 recipe gives in tokens becomes the same share of the smaller budget. Warm-up is counted in steps and stays as it is.
+Context extension and the moving average of the weights are left out: they come after what is compared, or beside it.
 
 The ablations undo one of the report's choices each (arXiv 2412.19437, section 3.3 and appendix B.2): partial sums that
 stay in Hopper's 14-bit accumulators, one scale for a whole tensor, gradients quantised in 128x128 blocks. This module
@@ -14,18 +15,12 @@ plans and trains nothing; it imports nothing heavy, since the Snakefile asks it 
 
 from dataclasses import dataclass, replace
 
-from headrace.config.checks import tokens_in
-from headrace.config.schema import (
-    Config,
-    ConstantPhase,
-    Fp8Config,
-    PrecisionConfig,
-    RecipeConfig,
-    SeedConfig,
-    StudyConfig,
-    TokenSpan,
-)
+from headrace.config.phases import tokens_in
+from headrace.config.recipe import ConstantPhase, RecipeConfig
+from headrace.config.schema import Config, Fp8Config, PrecisionConfig, SeedConfig, StudyConfig
+from headrace.config.values import TokenSpan
 from headrace.errors import UserError
+from headrace.recipe.schedule import Schedule
 
 BASELINE, CANDIDATE = "baseline", "candidate"
 
@@ -61,12 +56,12 @@ def trials(config: Config) -> tuple[Trial, ...]:
 
 def problems(config: Config) -> list[str]:
     """Why the study cannot be run, one sentence each."""
-    study, recipe, wrong = config.study, config.recipe, []
-    step_tokens = recipe.sequence_length * recipe.batch_sequences
-    steps, warmup = study.tokens // step_tokens, recipe.learning_rate.warmup_steps
-    if steps < 1:
-        wrong.append(f"study.tokens={study.tokens} is less than one step of {step_tokens} tokens; raise it")
-    elif steps <= warmup:
+    study, wrong = config.study, []
+    step = config.recipe.sequence_length * config.recipe.batch_sequences
+    warmup = config.recipe.learning_rate.warmup_steps
+    if study.tokens < step:
+        wrong.append(f"study.tokens={study.tokens} is less than one step of {step} tokens; raise it")
+    elif (steps := Schedule(recipe_for(config.recipe, study.tokens)).steps) <= warmup:
         wrong.append(
             f"study.tokens={study.tokens} gives {steps} steps, all within recipe.learning_rate.warmup_steps={warmup}; "
             "raise the one or lower the other"
@@ -87,10 +82,13 @@ def recipe_for(recipe: RecipeConfig, tokens: int) -> RecipeConfig:
     def span(given: TokenSpan) -> TokenSpan:
         return given if isinstance(given, str) else round(tokens_in(given, recipe.tokens) / recipe.tokens * tokens)
 
-    rate = recipe.learning_rate
+    rate, ramp = recipe.learning_rate, recipe.batch_ramp
     return replace(
         recipe,
         tokens=tokens,
+        batch_ramp=ramp and replace(ramp, tokens=span(ramp.tokens)),
+        extensions=(),
+        ema_decay=None,
         learning_rate=replace(
             rate,
             constant=span(rate.constant),

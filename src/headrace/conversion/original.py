@@ -1,0 +1,93 @@
+"""A checkpoint read a second time, for `check.py`: by safetensors itself, or as numbers from where the table points.
+
+It shares nothing with `headrace.checkpoint`, through which the export read: a fault there would otherwise be in the
+export and in its check alike. Hashes are looked at there and not here.
+"""
+
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from headrace.artifacts.files import read_json
+from headrace.errors import UserError
+
+_TABLE = "slices.json"
+
+
+class Original(Protocol):
+    """The tensors of a checkpoint. `read` raises `KeyError` for what it has not."""
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Every tensor's name and shape."""
+        ...
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        """A tensor, or one expert's part of a stacked one."""
+        ...
+
+
+def open_original(checkpoint: Path, kind: str) -> Original:
+    """Open a plain safetensors file, or the tensors of one kind in a folder with a table of slices."""
+    return _Slices(checkpoint, kind) if checkpoint.is_dir() else _File(checkpoint)
+
+
+class _File:
+    def __init__(self, path: Path) -> None:
+        self._file = open_safetensors(path)
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: self._file.get_slice(name).get_shape() for name in list(self._file.keys())}
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        try:
+            part: Tensor = self._file.get_tensor(name) if expert is None else self._file.get_slice(name)[expert]
+        except (SafetensorError, IndexError):
+            raise KeyError(name) from None
+        return part
+
+
+class _Slices:
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._folder = folder
+        try:
+            self._tensors: dict[str, Any] = read_json(folder / _TABLE)["kinds"][kind]
+        except (KeyError, TypeError):
+            raise UserError(f"{folder / _TABLE}: has no tensors of kind {kind!r}") from None
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: entry["shape"] for name, entry in self._tensors.items()}
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        entry = self._tensors[name]
+        shape, begin = entry["shape"], 0
+        if entry["dtype"] != "F32" or (expert is not None and expert >= shape[0]):
+            raise KeyError(name)
+        if expert is not None:
+            shape = shape[1:]
+            begin = expert * prod(shape)
+        return torch.from_numpy(self._numbers(entry["slices"], begin, prod(shape))).view(shape)
+
+    def _numbers(self, slices: list[dict[str, Any]], begin: int, size: int) -> NDArray[np.float32]:
+        """`size` numbers of the flattened tensor from `begin` on."""
+        numbers = np.full(size, np.nan, np.float32)
+        for part in slices:
+            first, last = max(part["start"], begin), min(part["start"] + part["size"], begin + size)
+            if first < last:
+                at = part["offset"] + 4 * (first - part["start"])
+                file = self._folder / part["file"]
+                numbers[first - begin : last - begin] = np.fromfile(file, np.float32, last - first, offset=at)
+        return numbers
+
+
+def open_safetensors(file: Path) -> Any:
+    """The library's own handle of a file; `UserError` where it is not whole."""
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); export again") from None

@@ -1,0 +1,133 @@
+"""Connections that are reset, cut, lossy or late between ranks, and rendezvous of ranks that have just died."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from faults.conftest import Fresh
+from faults.kills import check_nothing_is_left
+from faults.product import Product, Stage
+from headrace.launch.blame import RankFailure
+from headrace.launch.deadline import Deadline
+from headrace.launch.start import started
+from headrace.launch.supervisor import supervise
+
+pytestmark = pytest.mark.faults
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change networks")
+NETWORK = f"headrace-faults-{os.getpid()}"
+TOY = Path(__file__).with_name("toy_ranks.py")
+
+
+def ends_like(product: Product, stage: Stage, undisturbed: Product) -> None:
+    assert stage.wait() == 0, stage.said
+    assert product.differences(undisturbed) == []
+    check_nothing_is_left(product)
+
+
+@as_root
+def test_connections_reset_in_each_phase_of_dualpipe_cost_a_restart_each(
+    fresh: Fresh, undisturbed: Product, tmp_path: Path
+) -> None:
+    at = {"F": 3, "B": 9, "OVERLAP_F_B": 13, "W": 17}
+    product = fresh().with_fault("reset", rank=1, at=at, once=str(tmp_path / "once"))
+    ends_like(product, product.start(), undisturbed)
+    assert sorted(path.suffix for path in tmp_path.glob("once*")) == sorted(f".{kind}" for kind in at)
+    failures = product.events("failure")
+    assert [failure["step"] + 1 for failure in failures] == list(at.values())
+    assert all(failure["detect"] < 30 for failure in failures)
+
+
+def test_messages_that_are_late_change_no_bit(fresh: Fresh, undisturbed: Product) -> None:
+    product = fresh().with_fault("late")
+    ends_like(product, product.start(), undisturbed)
+    assert product.events("failure") == []
+
+
+@pytest.fixture
+def network() -> Iterator[tuple[str, ...]]:
+    """A network of its own, with nothing but a loopback interface; the words that run a command in it."""
+    words = ("ip", "netns", "exec", NETWORK)
+    subprocess.run(["ip", "netns", "add", NETWORK], check=True)
+    try:
+        within(words, "ip link set lo up mtu 1500")
+        yield words
+    finally:
+        subprocess.run(["ip", "netns", "delete", NETWORK], check=True)
+
+
+def within(network: tuple[str, ...], command: str) -> str:
+    return subprocess.run([*network, *command.split()], check=True, capture_output=True, text=True).stdout
+
+
+@as_root
+def test_a_wire_that_loses_packets_changes_no_bit(fresh: Fresh, undisturbed: Product, network: tuple[str, ...]) -> None:
+    """No netem in this kernel; a queue that is too short drops what comes in bursts, and TCP sends it again."""
+    product = fresh().but(prefix=network)
+    stage = product.start()
+    stage.until_step(4)
+    within(
+        network, *["tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", "4mbit", "burst", "3000", "limit", "6000"]
+    )
+    stage.until_step(10, seconds=180)
+    dropped = int(within(network, "tc -s qdisc show dev lo").partition("dropped ")[2].split(",")[0])
+    sent = int(within(network, "tc -s qdisc show dev lo").partition(" bytes ")[2].split()[0])
+    print(f"{dropped} packets of {sent + dropped} dropped")
+    assert dropped > 20
+    within(network, *["tc", "qdisc", "delete", "dev", "lo", "root"])
+    ends_like(product, stage, undisturbed)
+
+
+@as_root
+def test_ranks_that_cannot_reach_each_other_are_named_and_meet_again(
+    fresh: Fresh, undisturbed: Product, network: tuple[str, ...]
+) -> None:
+    product = fresh("launch.hang_seconds=6").but(prefix=network)
+    stage = product.start()
+    stage.until_step(9)
+    ranks = stage.both_ranks()
+    cut, began = between(*ranks.values()), time.monotonic()
+    within(network, *["ip", "rule", "add", "pref", "100", "lookup", "local"])
+    within(network, *["ip", "rule", "delete", "pref", "0"])
+    for port in cut:
+        for end in ("sport", "dport"):
+            within(network, f"ip rule add pref 10 ipproto tcp {end} {port} blackhole")
+    _, alive = psutil.wait_procs(ranks.values(), timeout=60)
+    assert alive == [], stage.said
+    assert time.monotonic() - began < 6 + 10
+    ends_like(product, stage, undisturbed)
+    [failure] = product.events("failure")
+    assert failure["what"].startswith("has waited for")
+    assert "for rank" in failure["what"] or "no rank moves" in failure["what"]
+
+
+def between(one: psutil.Process, other: psutil.Process) -> set[int]:
+    """The ports of connections from one process to another."""
+    ends = [
+        {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
+        for process in (one, other)
+    ]
+    peers = [
+        {c.raddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
+        for process in (one, other)
+    ]
+    return (ends[0] & peers[1]) | (ends[1] & peers[0])
+
+
+def test_rendezvous_of_ranks_that_have_just_died_succeed_one_after_the_other(tmp_path: Path) -> None:
+    for attempt in range(int(os.environ.get("RENDEZVOUS", "15"))):
+        assert sums_before_death(tmp_path) == [2.0, 2.0], attempt
+
+
+def sums_before_death(logs: Path) -> list[Any]:
+    """What both ranks of the toy program computed together before one of them died."""
+    told: list[Any] = []
+    with started([str(TOY)], 2, "local", logs) as ranks, pytest.raises(RankFailure, match="rank 1 was killed by SIGK"):
+        supervise(ranks, lambda rank, kind, payload: told.append(payload), Deadline(None), 20)
+    return told
