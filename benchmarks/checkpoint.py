@@ -223,7 +223,9 @@ def measure_slowing(folder: Path, state: State, repeats: int) -> dict[str, float
 def count_noticed(folder: Path) -> dict[str, int]:
     """Of `FLIPS` single-bit flips, spread over all files by size, those at which a load raises an error."""
     generator = torch.Generator().manual_seed(1)
-    state = {kind: {f"{kind}.{i}": torch.randn(1 << 14, generator=generator) for i in range(4)} for kind in ("model", "ema")}
+    state = {
+        kind: {f"{kind}.{i}": torch.randn(1 << 14, generator=generator) for i in range(4)} for kind in ("model", "ema")
+    }
     target = {kind: {name: torch.zeros(1 << 14) for name in tensors} for kind, tensors in state.items()}
     path, theirs, plain = folder / "ours" / "step-00000001", folder / "dcp", folder / "plain"
     save_ours(Writer(folder / "ours", 0), folder / "ours", 1, state)

@@ -72,7 +72,8 @@ class ToyModel(nn.Module):
     def initialise(self) -> None:
         generator = torch.Generator().manual_seed(0)
         for name, parameter in self.named_parameters():
-            parameter.copy_(torch.ones(WIDTH) if "norm" in name else torch.randn(parameter.shape, generator=generator) * 0.3)
+            drawn = torch.ones(WIDTH) if "norm" in name else torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.copy_(drawn)
         self.e_score_correction_bias.zero_()
 
     def log_probabilities(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +141,6 @@ class ToyLearner:
 
     def everything(self) -> list[Piece]:
         return self.owned()
-
-    def replicas(self) -> list[list[Piece]]:
-        return []
 
     def recycle(self) -> None:
         self.model.store.recycle(self.model.parameters())

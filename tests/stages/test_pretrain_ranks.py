@@ -1,4 +1,5 @@
-"""pretrain on several ranks, through its door: it follows one process, and a killed rank costs no state."""
+"""pretrain on several ranks, through its door: it follows one process, and neither a killed rank nor a signal to stop
+costs any state."""
 
 import json
 import shutil
@@ -11,13 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch import Tensor
 
 from headrace.artifacts.tensors import load_tensors
+from headrace.checkpoint.reader import steps, tensors_of
 from headrace.config.compose import load
 from headrace.corpus.sources import known_lock
+from headrace.launch.deadline import GRACE_SECONDS
 from headrace.stages import pretrain
 from headrace.stages.places import places
 from headrace.stages.run import main
+from headrace.training.ledger import read
 from small_corpus import tokenized
 
 SMALL = (
@@ -50,6 +55,15 @@ def artifact(words: list[str]) -> Path:
     return places(config, known_lock(config).hash)["pretrain"].artifact
 
 
+def checkpoints(words: list[str]) -> Path:
+    return artifact(words).parent / "checkpoints"
+
+
+def weights(words: list[str]) -> dict[str, Tensor]:
+    with tensors_of(artifact(words) / "checkpoint") as source:
+        return {name: source.get(name) for name in source.keys()}  # noqa: SIM118 - no mapping
+
+
 def losses(words: list[str]) -> list[float]:
     rows = [json.loads(line) for line in (artifact(words) / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
@@ -67,7 +81,7 @@ def test_a_layout_of_ranks_follows_one_process(layout: str, data: list[str], alo
     words = elsewhere(data, tmp_path, layout)
     assert main(pretrain.DOOR, words) == 0
     assert losses(words) == pytest.approx(losses(alone), rel=1e-4)
-    ours, theirs = (load_tensors(artifact(w) / "model.safetensors") for w in (words, alone))
+    ours, theirs = weights(words), weights(alone)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].shape == theirs[name].shape for name in ours)
     scores = [load_tensors(artifact(w) / "agreement.safetensors")["log_probabilities"] for w in (words, alone)]
@@ -76,39 +90,71 @@ def test_a_layout_of_ranks_follows_one_process(layout: str, data: list[str], alo
     assert timeline["pipeline"] == (2 if layout == "dualpipe" else 1)
 
 
-def test_a_killed_rank_ends_the_run_with_its_name_and_costs_nothing(data: list[str], tmp_path: Path) -> None:
-    (tmp_path / "straight").mkdir()
-    (tmp_path / "broken").mkdir()
-    straight = elsewhere(data, tmp_path / "straight", "dualpipe")
-    assert main(pretrain.DOOR, straight) == 0
-    words = elsewhere(data, tmp_path / "broken", "dualpipe")
+@pytest.fixture(scope="module")
+def straight(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    words = elsewhere(data, tmp_path_factory.mktemp("straight"), "dualpipe")
+    assert main(pretrain.DOOR, words) == 0
+    return words
+
+
+def started(words: list[str], step: int) -> subprocess.Popen[str]:
+    """The stage as a process of its own, once it has a checkpoint of `step`."""
     command = [sys.executable, "-m", "headrace.stages.pretrain", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    checkpoints = artifact(words).parent / "checkpoints"
-    until = time.monotonic() + 60
-    while not (checkpoints / "step-00000020").exists():
+    until = time.monotonic() + 120
+    while not (checkpoints(words) / f"step-{step:08d}").exists():
         assert time.monotonic() < until, "no checkpoint came"
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
+    return process
+
+
+def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_killed_rank_is_replaced_and_costs_nothing(data: list[str], straight: list[str], tmp_path: Path) -> None:
+    words = elsewhere(data, tmp_path, "dualpipe")
+    process = started(words, 20)
     ranks = [p for p in psutil.Process(process.pid).children() if "on_rank" in " ".join(p.cmdline())]
     assert len(ranks) == 2
     ranks[1].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    _, said = process.communicate(timeout=30)
-    assert time.monotonic() - killed < 5
-    assert process.returncode == 1
-    last = said.strip().splitlines()[-1]
-    assert "was killed by SIGKILL during" in last
-    assert "goes on from the last checkpoint" in last
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "rank 1 was killed by SIGKILL during" in said
     assert not any(p.is_running() for p in ranks)
+    entries = read(artifact(words).parent / "ledger.jsonl")
+    (failure,) = (entry for entry in entries if entry["event"] == "failure")
+    assert failure["rank"] == 1
+    resumed = [entry["step"] for entry in entries if entry["event"] == "resumed"]
+    assert resumed[0] == 0
+    assert 20 <= resumed[1] <= failure["step"] < resumed[1] + 20  # an interval, and one more while a save is written
+    assert_same_weights(weights(words), weights(straight))
+
+
+@pytest.mark.parametrize("layout", ["one", "dualpipe"])
+def test_a_signal_to_stop_saves_and_the_next_run_goes_on(
+    layout: str, data: list[str], alone: list[str], straight: list[str], tmp_path: Path
+) -> None:
+    words = elsewhere(data, tmp_path, layout)
+    process = started(words, 10)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    _, said = process.communicate(timeout=GRACE_SECONDS)
+    assert time.monotonic() - asked < GRACE_SECONDS / 2
+    assert process.returncode == 75, said
+    saved = max(steps(checkpoints(words)))
+    assert f"saved at step {saved}" in said
+    last = read(artifact(words).parent / "ledger.jsonl")[-1]
+    assert last["event"] == "stopped"
     assert main(pretrain.DOOR, words) == 0
-    ours, theirs = (load_tensors(artifact(w) / "model.safetensors") for w in (words, straight))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [e["step"] for e in read(artifact(words).parent / "ledger.jsonl") if e["event"] == "resumed"] == [0, saved]
+    assert_same_weights(weights(words), weights(alone if layout == "one" else straight))
 
 
 def test_a_checkpoint_of_one_layout_is_taken_up_by_another(data: list[str], alone: list[str], tmp_path: Path) -> None:
     words = elsewhere(data, tmp_path, "dualpipe")
-    theirs = artifact(alone).parent / "checkpoints"
-    ours = artifact(words).parent / "checkpoints"
-    shutil.copytree(theirs / "step-00000050", ours / "step-00000050")
+    shutil.copytree(checkpoints(alone) / "step-00000050", checkpoints(words) / "step-00000050")
     assert main(pretrain.DOOR, words) == 0
     assert losses(words) == pytest.approx(losses(alone), rel=1e-4)

@@ -21,9 +21,11 @@ LONG = 3 * LENGTH
 
 @pytest.fixture
 def config() -> Config:
-    """Batches of 1 to 4 over 40 tokens, then 4 for what is left of 320 tokens, then 3 steps of 2 rows thrice as long."""
+    """Batches of 1 to 4 over 40 tokens, then 4 for the rest of 320 tokens, then 3 steps of 2 rows thrice as long."""
     base = toy_config(10)
-    extension = ExtensionConfig("long", steps=3, sequence_length=LONG, batch_sequences=2, learning_rate=1e-3, rope_scaling=YARN)
+    extension = ExtensionConfig(
+        "long", 3, sequence_length=LONG, batch_sequences=2, learning_rate=1e-3, rope_scaling=YARN
+    )
     ramp = BatchRampConfig(from_sequences=1, tokens=40, shape="linear", multiple=1)
     return replace(base, recipe=replace(base.recipe, batch_ramp=ramp, extensions=(extension,), ema_decay=0.9))
 

@@ -86,7 +86,8 @@ def test_a_streak_is_replayed_once_and_then_ends_the_run_with_a_diagnosis(tmp_pa
     assert "embed_tokens.weight (rank 0)" in text
     assert "recipe.learning_rate.peak" in text
     assert [(facts["step"], facts["to"]) for facts in recorder.of("rollback")] == [(10, 4)]
-    assert [facts["step"] for facts in recorder.of("skipped")] == [6, 7, 8, 9, 10, 6, 7, 8, 9]  # the run ends at the last
+    skipped = [facts["step"] for facts in recorder.of("skipped")]
+    assert skipped == [6, 7, 8, 9, 10, 6, 7, 8, 9]  # the run ends at the last
     assert recorder.shown == [1, 2, 3, 4, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9]
     assert steps(tmp_path) == [4, 8]
     # Four bad steps between good ones are survived, again and again.
@@ -163,7 +164,7 @@ WAYS: dict[str, tuple[Config, Making]] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("stops", [(17,), (18,), (3, 14, 1), (16, 1, 1, 1), (9, 9, 1, 2)])
 def test_stopped_and_resumed_it_is_decided_as_if_it_had_not_been(tmp_path: Path, way: str, stops: tuple[int]) -> None:
-    """`stops`: steps that each process takes. Only one checkpoint is kept, so the regular one is pushed out by others."""
+    """`stops`: steps that each process takes. One checkpoint is kept, so the regular one is pushed out by others."""
     config, rows = WAYS[way]
     config = replace(config, recipe=replace(config.recipe, ema_decay=0.95))
     config = replace(config, checkpoint=replace(config.checkpoint, keep=1))

@@ -1,4 +1,4 @@
-"""Saves beside training: it waits for the copy alone, a save that fails costs nothing but itself, the last must succeed."""
+"""Saves beside training: it waits for the copy alone, a failed save costs nothing but itself, the last must succeed."""
 
 import errno
 import logging
@@ -43,13 +43,13 @@ class Held(Recorder):
 def test_training_goes_on_while_a_save_is_written(
     tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, real = threading.Event(), writer.write_synced
+    gate, real = threading.Event(), writer.write_verified
 
-    def slow(path: Path, *rest: Any) -> None:
+    def slow(path: Path, *rest: Any) -> str:
         assert gate.wait(30)
-        real(path, *rest)
+        return real(path, *rest)
 
-    monkeypatch.setattr(writer, "write_synced", slow)
+    monkeypatch.setattr(writer, "write_verified", slow)
     recorder = Held(gate, release_at=7)
     assert toy_trainer(toy_config(), tmp_path / "ours", recorder).run().finished
     names = [(name, facts["step"]) for name, facts in recorder.events if name in ("save", "published")]
@@ -62,15 +62,16 @@ def test_training_goes_on_while_a_save_is_written(
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    active, most, real = [0], [0], writer.write_synced
+    active, most, real = [0], [0], writer.write_verified
 
-    def counted(*rest: Any) -> None:
+    def counted(*rest: Any) -> str:
         active[0] += 1
         most[0] = max(most[0], active[0])
-        real(*rest)
+        found = real(*rest)
         active[0] -= 1
+        return found
 
-    monkeypatch.setattr(writer, "write_synced", counted)
+    monkeypatch.setattr(writer, "write_verified", counted)
     toy_trainer(saving(toy_config(), interval=1), tmp_path).run()
     assert most == [1]
     assert steps(tmp_path)[-1] == 12
@@ -78,14 +79,14 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pyt
 
 def failing(monkeypatch: pytest.MonkeyPatch, file: str, step: int) -> None:
     """Make the disk full while a file is written in the save of a step."""
-    real = writer.write_synced
+    real = writer.write_verified
 
-    def fail(path: Path, *rest: Any) -> None:
+    def fail(path: Path, *rest: Any) -> str:
         if f"{writer.LEFTOVER}{step}-" in str(path) and path.name == file:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        real(path, *rest)
+        return real(path, *rest)
 
-    monkeypatch.setattr(writer, "write_synced", fail)
+    monkeypatch.setattr(writer, "write_verified", fail)
 
 
 FILES = ["model-00000.safetensors", "optimizer-00000.safetensors", "state.json"]  # of a rank, and of publication

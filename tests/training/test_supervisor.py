@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from headrace.checkpoint.reader import checkpoint_folder
-from headrace.config.recipe import ExtensionConfig, RopeScaling
+from headrace.config.recipe import BatchRampConfig, ExtensionConfig, RopeScaling
 from headrace.config.schema import Config, PhaseLayoutConfig
 from headrace.errors import UserError
 from headrace.launch.blame import RankFailure, Verdict
@@ -369,3 +369,22 @@ def test_the_job_of_a_phase_leaves_the_rest_as_it_is(tmp_path: Path) -> None:
     main = job_in_phase(job, "main")
     assert all(getattr(main.config, group) == getattr(job.config, group) for group in on_rank.GROUPS)
     assert (main.dataset, main.output, main.place.checkpoints) == (job.dataset, job.output, job.place.checkpoints)
+
+
+@pytest.mark.parametrize(("microbatch", "until"), [(None, "main"), (1, "ramp")])
+def test_phases_that_are_alike_are_trained_by_the_same_ranks(
+    microbatch: int | None, until: str, tmp_path: Path
+) -> None:
+    """The ramp and what follows it, unless the layout says otherwise; never an extension with its own model."""
+    config = in_phases(1, 1)
+    layouts = (*config.parallel.phases, PhaseLayoutConfig("ramp", None, None, None, None, None, microbatch))
+    ramp = BatchRampConfig(from_sequences=2, tokens="50%", shape="linear", multiple=2)
+    changed = replace(
+        config,
+        recipe=replace(config.recipe, batch_ramp=ramp),
+        parallel=replace(config.parallel, phases=layouts[1:] if microbatch is None else layouts),
+    )
+    job = job_in(tmp_path, config=changed)
+    assert job_in_phase(job, "ramp").place.until == until
+    assert job_in_phase(job, "main").place.until == "main"
+    assert job_in_phase(job, "long").place.until == "long"

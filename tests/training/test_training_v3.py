@@ -20,8 +20,8 @@ from headrace.tokens.loader import TokenDataset
 from headrace.tokens.shards import finish, make_shard, plan
 from headrace.tokens.tokenizer import build_tokenizer
 from headrace.training.learner import build_engine
-from headrace.training.rows import Rows, open_rows
 from headrace.training.place import Place, Watchers
+from headrace.training.rows import Rows, open_rows
 from headrace.training.telling import moe_layers
 from headrace.training.trainer import Trainer
 from toy_run import Recorder

@@ -160,7 +160,7 @@ def _complete(
     known = {file["file"]: FileEntry(file["bytes"], file["hash"]) for one in said for file in one.values()}
     with ThreadPoolExecutor(1) as beside:
         for name, data in ((TABLE, joined(step, token, said)), (STATE, json_bytes({**state, "step": step}))):
-            known[name] = FileEntry(len(data), _written(staging / name, memoryview(data), beside))
+            known[name] = FileEntry(len(data), write_verified(staging / name, memoryview(data), beside))
     present = {path.name for path in staging.iterdir()} - {manifest.NAME}
     assert present == known.keys(), f"{staging}: holds other files than the ranks say: {present ^ known.keys()}"
     manifest.build(
@@ -213,11 +213,11 @@ def _write(path: Path, plan: FilePlan, data: memoryview) -> dict[str, Any]:
     """Write a file and verify what can be read back; what `publish` has to know of it."""
     with ThreadPoolExecutor(1) as beside:
         said = beside.submit(plan.described, path.name, data)
-        found = retried(lambda: _written(path, data, beside), str(path))
+        found = retried(lambda: write_verified(path, data, beside), str(path))
         return {**said.result(), "bytes": len(data), "hash": found}
 
 
-def _written(path: Path, data: memoryview, beside: Executor) -> str:
+def write_verified(path: Path, data: memoryview, beside: Executor) -> str:
     """Write and fsync a file; its hash, which what is read back has too. Hashes are taken `beside` the waiting."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:

@@ -28,6 +28,7 @@ class Place:
     same_rows: bool = False  # whether that run read the same rows in the same order, so that this one goes on behind
     timeline: Path | None = None  # where the timeline of one step is written
     phase: str = MAIN  # of the recipe
+    until: str | None = None  # the last phase that is trained with the same model and layout; None: `phase` itself
     slice: Mapping[str, Any] = field(default_factory=dict)  # what the fingerprint hashes, to name what differs
     data: str = ""  # manifest hash of the token shards
     code: str = ""  # version of the code

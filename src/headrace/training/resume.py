@@ -36,7 +36,7 @@ MODEL, OPTIMIZER, EMA = "model", "optimizer", "ema"
 """Kinds of tensors."""
 
 
-class Refused(UserError):
+class Refused(UserError):  # noqa: N818  what happened, not what is raised
     """A whole checkpoint, but not one of this run."""
 
 
@@ -54,7 +54,9 @@ class Counters:
         """The row at which `step` (counted from 0) begins."""
         length = schedule.at(step).sequence_length
         passed = sum(rows for at, rows in self.passed if at <= step and schedule.at(at).sequence_length == length)
-        return schedule.position(step) + passed + (self.first_position if length == schedule.at(0).sequence_length else 0)
+        return (
+            schedule.position(step) + passed + (self.first_position if length == schedule.at(0).sequence_length else 0)
+        )
 
     def next_position(self, schedule: Schedule) -> int:
         """The row of recipe.sequence_length behind those that were read."""
@@ -150,7 +152,9 @@ def take_up(
             _set_random_state(found.state["random"], learner.device)
             return _counters(found.state), History(found.state["history"])
         for rank, _, text in said:
-            log.warning("checkpoint of step %d is not used, falling back to an older one: rank %d: %s", step, rank, text)
+            log.warning(
+                "checkpoint of step %d is not used, falling back to an older one: rank %d: %s", step, rank, text
+            )
     if there:
         parts.reset()
         log.warning("%s: none of %d checkpoints is whole; training starts again from its beginning", folder, len(there))

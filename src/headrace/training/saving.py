@@ -2,7 +2,7 @@
 
     begin     every rank copies what it owns; training has waited for that and no more
     look      at every step, with what all ranks said of their part: once all have written, the first rank publishes (in
-              a thread) and removes what need not be kept; where one has failed, the save is given up and training goes on
+              a thread) and removes what need not be kept; where one has failed, the save is given up, training goes on
     settle    wait until the save in progress is published or given up
 
 All ranks make the same calls in the same order, and agree on what became of a save from the words that they exchange.
@@ -33,7 +33,7 @@ FIRST_SAVE = 10
 """With `checkpoint.interval=auto`: steps until the first save, which tells how long one takes."""
 
 
-class SaveFailed(OSError):
+class SaveFailed(OSError):  # noqa: N818  what happened, not what is raised
     """The last save of a run could not be written; older checkpoints are as they were."""
 
 
@@ -142,7 +142,7 @@ class Saver:
         self.settle()
 
     def forget_after(self, step: int) -> None:
-        """Remove checkpoints of later steps than `step`, whose steps are taken again, differently; none is in progress."""
+        """Remove checkpoints of later steps, which are taken again, differently; none is in progress."""
         for later in steps(self._folder) if self._first else ():
             if later > step:
                 remove(checkpoint_folder(self._folder, later))
@@ -154,7 +154,7 @@ class Saver:
         self._known[open_checkpoint(checkpoint_folder(self._folder, step)).manifest_hash] = True
 
     def wait(self) -> None:
-        """Until this rank alone, which may be alone for good, writes nothing any more; of several the launcher takes care."""
+        """Until a rank that is alone in its world writes nothing any more; of several the launcher takes care."""
         if self._learner.mesh.world == 1:
             self._writer.wait()
             if self._now and self._now.publishing:
@@ -167,7 +167,8 @@ class Saver:
         everyone = self._learner.agreed_all([mine.files, mine.error, mine.errno])
         failed = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(everyone) if error]
         if failed:
-            return self._give_up("; ".join(failed), next(number for _, error, number in everyone if error))
+            self._give_up("; ".join(failed), next(number for _, error, number in everyone if error))
+            return
         self._now.said = [files for files, _, _ in everyone]
         if self._first:
             self._now.publishing = self._thread.submit(self._publish, self._now)

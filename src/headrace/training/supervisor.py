@@ -32,6 +32,7 @@ from headrace.launch.blame import RankFailure
 from headrace.launch.deadline import StopRequested
 from headrace.launch.start import started
 from headrace.launch.supervisor import OnMessage, supervise
+from headrace.pipeline.engine import schedule_of
 from headrace.planning.flops import training_flops
 from headrace.recipe.model import model_in_phase
 from headrace.recipe.schedule import Schedule
@@ -76,9 +77,28 @@ def job_in_phase(job: Job, name: str) -> Job:
     phase = next(phase for phase in Schedule(config.recipe).phases if phase.name == name)
     model = model_in_phase(config.model, phase)
     flops = training_flops(model, phase.sequence_length, mtp=bool(model.num_nextn_predict_layers))
+    until = _last_alike(config, name)
     groups = {group: getattr(config, group) for group in on_rank.GROUPS}
     changed = cast(Config, SimpleNamespace(**groups | {"model": model, "parallel": layout_of(config.parallel, name)}))
-    return replace(job, config=changed, place=replace(job.place, phase=name, flops_per_token=flops))
+    return replace(job, config=changed, place=replace(job.place, phase=name, until=until, flops_per_token=flops))
+
+
+def _last_alike(config: Config, name: str) -> str:
+    """The last of the phases from `name` on that have its model, length, layout and schedule: no new ranks for them."""
+    phases = Schedule(config.recipe).phases
+    first = next(phase for phase in phases if phase.name == name)
+    last = name
+    for phase in phases:
+        if phase.first < first.first:
+            continue
+        if (phase.sequence_length, phase.rope_scaling) != (first.sequence_length, first.rope_scaling):
+            break
+        if layout_of(config.parallel, phase.name) != layout_of(config.parallel, name):
+            break
+        if schedule_of(config, phase.name)[0] != schedule_of(config, name)[0]:
+            break
+        last = phase.name
+    return last
 
 
 def phase_behind(checkpoints: Path, schedule: Schedule) -> str:

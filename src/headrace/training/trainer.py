@@ -8,7 +8,8 @@ as it should be from `policies`; the trainer decides nothing of it.
 With several ranks each runs this loop, with the same figures. At the top of it they exchange a few words: what the
 first rank wants (stop, save, draw a timeline), how each one's part of a save has got on, how long each was at work.
 
-A trainer takes the steps of one phase of the recipe, whose model, layout and sequence length its learner and rows have.
+A trainer takes the steps of one phase of the recipe, whose model, layout and sequence length its learner and rows have,
+and of those behind it that have the same.
 It begins and ends with a checkpoint, from which the next phase, or another trainer of the same, goes on.
 
 Exact resume: weights, biases, moments, the average of the weights, position in the data, random state, counters and the
@@ -76,7 +77,8 @@ class Trainer:
     def __init__(self, config: Config, learner: Learner, rows: Rows, place: Place, watchers: Watchers) -> None:
         self._config, self._learner, self._rows, self._place, self._watch = config, learner, rows, place, watchers
         self._schedule = Schedule(config.recipe)
-        self._phase = next(phase for phase in self._schedule.phases if phase.name == place.phase)
+        phases = {phase.name: phase for phase in self._schedule.phases}
+        self._first_step, self._end = phases[place.phase].first, phases[place.until or place.phase].end
         self._optimizer = Optimizer(learner.reduction.pieces, config.recipe.optimizer, config.precision)
         decay = config.recipe.ema_decay
         self._ema = Ema(learner.owned(), decay) if decay is not None else None
@@ -206,7 +208,7 @@ class Trainer:
         while True:
             reason, save, traced = self._meet()
             step = self._counters.step
-            if reason or step == self._phase.end or self._elsewhere():
+            if reason or step == self._end or self._elsewhere():
                 if step and not self._elsewhere():
                     self._saver.last(step, self._parts.owned(), self._state())
                 return self._outcome(reason)
@@ -248,7 +250,8 @@ class Trainer:
         self._learner.recycle()
         self._remark(plan, figures, verdict)
         if verdict.streak or verdict.other_rows:
-            return self._go_back(plan, verdict)
+            self._go_back(plan, verdict)
+            return
         seconds = time.perf_counter() - started
         self._counters.step = number
         self._counters.seconds += seconds
@@ -308,7 +311,7 @@ class Trainer:
         self._saver.settle()
         passed, to = self._counters.passed, plan.step + 1 - verdict.streak
         if verdict.other_rows:
-            to = regular(self._config.checkpoint.interval, plan.step, self._phase.first, self._saver.newest)
+            to = regular(self._config.checkpoint.interval, plan.step, self._first_step, self._saver.newest)
             rows = self._schedule.position(plan.step) + plan.sequences - self._schedule.position(to)
             passed = passing_over(passed, to, rows, plan.step + 1)
         with self._learner.watch.patiently(f"going back from step {plan.step + 1} to step {to}"):
@@ -334,7 +337,7 @@ class Trainer:
 
     def _elsewhere(self) -> bool:
         """Whether the run stands in another phase."""
-        return not self._phase.first <= self._counters.step <= self._phase.end
+        return not self._first_step <= self._counters.step <= self._end
 
     def _outcome(self, reason: str | None) -> Outcome:
         step = self._counters.step
