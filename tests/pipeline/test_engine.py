@@ -201,14 +201,23 @@ def learn(rank, world):
         parallel = layout(schedule, 2, world // 2) | {"microbatch": 4 // world}  # 4 microbatches each
         config = configuration(model={"num_hidden_layers": 2}, **parallel)
         running = engine(config, Numerics("fp32"), rank)
-        curve, digests = [], {}
+        curve, digests, first = [], {}, _digests(running)
         for losses, _ in train(running, config, STEPS):
             curve.append(losses)
             if len(curve) == COPIES_AFTER:
-                digests = {f"{p.name} from {p.start}": _digest(p.tensor) for p in running.everything()}
+                digests = _digests(running)
+        running.initialise()
+        said = running.agreed_all({"rank": rank, "text": "x" * (rank + 1)})
+        found[schedule] = {
+            "curve": curve, "digests": digests, "begun anew": _digests(running) == first, "said": said,
+            "roles": running.roles(),
+        }  # fmt: skip
         running.close()
-        found[schedule] = {"curve": curve, "digests": digests}
     return found
+
+
+def _digests(running):
+    return {f"{p.name} from {p.start}": _digest(p.tensor) for p in running.everything()}
 
 
 def _digest(tensor):
@@ -226,6 +235,18 @@ def test_thirty_steps_follow_one_process(started, expected_curve, schedule, rank
     assert sum(expected_curve[-1]) < 0.9 * sum(expected_curve[0]), "nothing is learned, so nothing is compared"
     for result in started(ranks):
         assert worst(result["learn"][schedule]["curve"], expected_curve) < 1e-5
+
+
+@pytest.mark.parametrize(("schedule", "ranks"), [*((schedule, 2) for schedule in SCHEDULES), ("dualpipe", 4)])
+def test_ranks_hear_each_other_know_who_does_equal_work_and_can_begin_anew(started, schedule, ranks):
+    everyone = [{"rank": rank, "text": "x" * (rank + 1)} for rank in range(ranks)]
+    for result in started(ranks):
+        found = result["learn"][schedule]
+        assert found["said"] == everyone
+        assert found["begun anew"]
+        halves = found["roles"][: ranks // 2], found["roles"][ranks // 2 :]
+        assert all(role == half[0] for half in halves for role in half)  # data ranks of one pipeline rank
+        assert (found["roles"][0] == found["roles"][-1]) == (schedule == "dualpipe")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

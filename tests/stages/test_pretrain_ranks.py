@@ -28,7 +28,7 @@ from small_corpus import tokenized
 SMALL = (
     "experiment=tiny", "tracking=disabled", "corpus=files", "corpus.validation_fraction=0.2", "precision=fp32",
     "corpus.heldout_fraction=0.2", "tokenizer.vocab_size=300", "recipe.sequence_length=16", "recipe.batch_sequences=8",
-    f"recipe.tokens={128 * 60}", "train.validate_every=20", "train.validation_rows=3", "checkpoint.interval=10",
+    f"recipe.tokens={128 * 30}", "train.validate_every=10", "train.validation_rows=3", "checkpoint.interval=5",
     "launch.threads=1", "launch.device=cpu", "recipe.batch_ramp=null", "recipe.extensions=[]",
 )  # fmt: skip
 LAYOUTS = {
@@ -116,7 +116,7 @@ def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
 
 def test_a_killed_rank_is_replaced_and_costs_nothing(data: list[str], straight: list[str], tmp_path: Path) -> None:
     words = elsewhere(data, tmp_path, "dualpipe")
-    process = started(words, 20)
+    process = started(words, 10)
     ranks = [p for p in psutil.Process(process.pid).children() if "on_rank" in " ".join(p.cmdline())]
     assert len(ranks) == 2
     ranks[1].send_signal(signal.SIGKILL)
@@ -129,7 +129,7 @@ def test_a_killed_rank_is_replaced_and_costs_nothing(data: list[str], straight: 
     assert failure["rank"] == 1
     resumed = [entry["step"] for entry in entries if entry["event"] == "resumed"]
     assert resumed[0] == 0
-    assert 20 <= resumed[1] <= failure["step"] < resumed[1] + 20  # an interval, and one more while a save is written
+    assert 10 <= resumed[1] <= failure["step"] < resumed[1] + 10  # an interval, and one more while a save is written
     assert_same_weights(weights(words), weights(straight))
 
 
@@ -155,6 +155,6 @@ def test_a_signal_to_stop_saves_and_the_next_run_goes_on(
 
 def test_a_checkpoint_of_one_layout_is_taken_up_by_another(data: list[str], alone: list[str], tmp_path: Path) -> None:
     words = elsewhere(data, tmp_path, "dualpipe")
-    shutil.copytree(checkpoints(alone) / "step-00000050", checkpoints(words) / "step-00000050")
+    shutil.copytree(checkpoints(alone) / "step-00000025", checkpoints(words) / "step-00000025")
     assert main(pretrain.DOOR, words) == 0
     assert losses(words) == pytest.approx(losses(alone), rel=1e-4)
