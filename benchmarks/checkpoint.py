@@ -64,7 +64,9 @@ def main() -> None:
         size = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values())
         print(f"{size / 1e9:.2f} GB in {sum(map(len, state.values()))} tensors; load average before: {load:.2f}")
         saves = measure_saves(folder, state, arguments.repeats)
+        print_saves(size, saves)
         loads = measure_loads(folder, state, arguments.repeats)
+        print_loads(size, loads)
         cost = measure_slowing(folder, state, arguments.repeats)
         noticed = count_noticed(folder)
         distributed.destroy_process_group()
@@ -74,7 +76,7 @@ def main() -> None:
         "load": {way: {key: round(value, 4) for key, value in row.items()} for way, row in loads.items()},
         **judged(saves, loads, cost), "noticed": noticed, "aims": {"stall_share": AIM, "save": 1.0, "load": 1.0},
     }  # fmt: skip
-    print_tables(size, saves, loads, summary)
+    print_summary(summary)
     print(json.dumps(summary))
 
 
@@ -285,18 +287,24 @@ def judged(
     }  # fmt: skip
 
 
-def print_tables(
-    size: int, saves: dict[str, dict[str, float]], loads: dict[str, dict[str, float]], summary: dict
-) -> None:
+def print_saves(size: int, saves: dict[str, dict[str, float]]) -> None:
     """For people."""
     print(f"\n{'save':<14}{'stall s':>9}{'first':>8}{'whole s':>9}{'GB/s':>7}   every byte verified")
     for way, row in saves.items():
         figures = f"{row['stall']:>9.3f}{row['first_stall']:>8.3f}{row['whole']:>9.3f}{size / row['whole'] / 1e9:>7.2f}"
-        print(f"{way:<14}{figures}   {'yes' if way == 'ours' else 'no'}")
+        print(f"{way:<14}{figures}   {'yes' if way == 'ours' else 'no'}", flush=True)
+
+
+def print_loads(size: int, loads: dict[str, dict[str, float]]) -> None:
+    """For people."""
     print(f"\n{'load':<14}{'cached s':>9}{'GB/s':>7}{'disk s':>9}{'GB/s':>7}   every byte verified")
     for way, row in loads.items():
         figures = "".join(f"{row[key]:>9.3f}{size / row[key] / 1e9:>7.2f}" for key in ("cached", "disk"))
-        print(f"{way:<14}{figures}   {'yes' if way == 'ours' else 'no'}")
+        print(f"{way:<14}{figures}   {'yes' if way == 'ours' else 'no'}", flush=True)
+
+
+def print_summary(summary: dict) -> None:
+    """For people."""
     print("\nratios, above 1 where ours is faster")
     for name, ratio in summary["ratio"].items():
         print(f"  {name:<32}{ratio:>6.2f}")
