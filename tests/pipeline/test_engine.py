@@ -116,7 +116,7 @@ def started():
     def of(ranks):
         if ranks not in found:
             found[ranks] = None  # so that ranks that failed are not started again for every case
-            found[ranks] = run_ranks(ranks, HERE, "everything", seconds=300)
+            found[ranks] = run_ranks(ranks, HERE, "everything", seconds=540)
         return found[ranks] or pytest.fail("these ranks failed when they were started for an earlier test")
 
     return of

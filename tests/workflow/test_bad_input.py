@@ -124,7 +124,10 @@ def test_a_full_disk(tiny: Project, tmp_path: Path, small_disk: Path) -> None:
     (tokenize,) = (project.folder / "results" / "tokenize").iterdir()
     pretrain = project.folder / "results" / "pretrain"
     pretrain.symlink_to(small_disk)
-    line = complaint(stage("pretrain", project.folder, "model.hidden_size=128"))
+    ended = stage("pretrain", project.folder, "model.hidden_size=128")
+    *saves, line = [text for text in ended.stderr.splitlines() if not text.startswith("pretrain: step")]
+    assert ended.returncode == 2, ended.stderr
     assert "the disk is full" in line
+    assert saves and all("could not be saved" in text for text in saves), "training goes on without a save"
     assert [path for path in small_disk.rglob("*.safetensors") if "tmp" not in path.parent.name] == []
     assert tokenize.exists()
