@@ -39,6 +39,7 @@ def losses(product: Product) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
+@pytest.mark.unproven
 def test_every_layout_goes_on_with_the_same_rows(fresh: Fresh, undisturbed: Product, tmp_path: Path) -> None:
     product = fresh().with_fault("rows", file=str(tmp_path / "rows.jsonl"))
     for number, layout in enumerate(LAYOUTS):

@@ -33,6 +33,15 @@ def test_time_left_counts_from_where_this_process_began() -> None:
     assert "2 min 58 s left" in stream.getvalue()
 
 
+def test_a_step_told_again_after_a_restart_is_shown_without_a_time_left() -> None:
+    now, stream = [0.0], io.StringIO()
+    lines = Lines(stream, lambda: now[0])
+    for step in (7, 9, 7, 5, 20):
+        lines.update(step, 20, 0, METRICS)
+        now[0] += 60.0
+    assert [" left" in line for line in stream.getvalue().splitlines()] == [False, True, False, False, True]
+
+
 def test_a_terminal_gets_a_bar_with_loss_and_speed() -> None:
     terminal = Terminal()
     bar = progress_on(terminal)

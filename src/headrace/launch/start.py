@@ -22,7 +22,7 @@ from headrace.errors import UserError
 from headrace.launch import wire
 from headrace.launch.wire import Meeting, TCPStore
 
-STACK_SECONDS = 0.3
+STACK_SECONDS = 1.0
 """How long a rank gets to write down its stacks."""
 LAUNCHER_SECONDS = 3.0
 """How long srun or torchrun gets to leave by itself after its ranks were told to."""
@@ -66,6 +66,7 @@ class Ranks:
         elif live and stacks:
             for process in live:
                 process.send_signal(signal.SIGUSR1)
+                process.send_signal(signal.SIGCONT)  # one that is stopped writes nothing
             time.sleep(STACK_SECONDS)
         for process in self._processes:
             with suppress(ProcessLookupError):

@@ -66,7 +66,8 @@ class Lines:
         if not first and now < self._next and step < steps:
             return
         self._next = now + SECONDS_BETWEEN_LINES
-        left = "" if first else f", {_duration((now - begun) / (step - begun_step) * (steps - step))} left"
+        done = step - begun_step  # after a restart, steps are told again
+        left = f", {_duration((now - begun) / done * (steps - step))} left" if done > 0 else ""
         share = f"step {step:,} of {steps:,} ({100 * step // steps} %)"
         print(f"{self._name}: {share}, {_figures(metrics)}{left}", file=self._stream, flush=True)
 
