@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from toy_run import (
     EXPERTS,
     LENGTH,
     Recorder,
+    ToyLearner,
     ToyModel,
     assert_same_end,
     frozen,
@@ -210,3 +212,23 @@ def test_expert_load_matches_the_counts(finished: tuple[Config, ToyModel, Path])
         assert share == pytest.approx([count / sum(counts[0]) for count in counts[0]], abs=1e-5)
         assert violation == pytest.approx(max(share) * EXPERTS - 1, abs=1e-4)
     assert load["maxvio_mean"] == load["maxvio"]["0"]
+
+
+def test_a_timeline_is_of_one_step_and_not_of_the_validation_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 5 is drawn, and validated after."""
+    called: list[str] = []
+    for name in ("begin_timeline", "step", "timeline", "measure"):
+        original = getattr(ToyLearner, name)
+
+        def noted(self: ToyLearner, *given: object, name: str = name, original: Any = original) -> object:
+            called.append(name)
+            return original(self, *given)
+
+        monkeypatch.setattr(ToyLearner, name, noted)
+    toy_trainer(toy_config(), tmp_path / "checkpoints", timeline=tmp_path / "timeline.json").run()
+    begin = called.index("begin_timeline")
+    assert called[:begin] == ["step"] * 4
+    assert called[begin : begin + 4] == ["begin_timeline", "step", "timeline", "measure"]
+    assert json.loads((tmp_path / "timeline.json").read_text())["step"] == 5

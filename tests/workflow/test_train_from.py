@@ -28,7 +28,9 @@ def test_a_run_goes_on_behind_its_source_and_names_it(tiny: Project, tmp_path: P
     assert manifest["inputs"]["train.from"] == checkpoint["hash"]
     facts = json.loads((artifact / "training.json").read_text())
     before = json.loads((source / "artifact" / "training.json").read_text())
-    assert facts["first_position"] == before["position"] == 480
+    assert (
+        facts["first_position"] == before["position"] == 4 * 4 + 50 * 8
+    )  # the ramp's steps and those of the full batch
     assert facts["validation_loss"] < before["validation_loss"]
 
 

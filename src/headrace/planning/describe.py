@@ -51,8 +51,8 @@ def plan(config: Config, exported_bytes: int) -> list[tuple[str, str]]:
         ("steps", f"{schedule.steps:,} of {config.recipe.batch_sequences:,} x {length:,} tokens at full batch"),
         *((f"  {phase.name}", _phase(schedule, phase)) for phase in schedule.phases if len(schedule.phases) > 1),
         ("FLOPs of the run", f"{scaled(run_flops(config))}, forward and backward"),
-        ("model file of a checkpoint", f"{scaled(4 * counted.stored)}B in FP32"),
-        ("its optimizer file", f"{scaled(optimizer_bytes(config, counted))}B, {config.recipe.optimizer.name}"),
+        ("weights in a checkpoint", f"{scaled(4 * counted.stored)}B in FP32"),
+        ("moments in a checkpoint", f"{scaled(optimizer_bytes(config, counted))}B, {config.recipe.optimizer.name}"),
         ("exported model", f"{scaled(exported_bytes)}B in {config.convert.dtype.upper()}"),
     ]
 

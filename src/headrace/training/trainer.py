@@ -218,9 +218,7 @@ class Trainer:
             plan = self._schedule.at(step)
             if traced:
                 self._learner.begin_timeline()
-            self._take_step(plan)
-            if traced:
-                self._write_timeline(plan)
+            self._take_step(plan, traced)
 
     def _meet(self) -> tuple[str | None, bool, bool]:
         """The step's one exchange among ranks: why to stop, whether to save, and whether to draw the next step."""
@@ -237,7 +235,7 @@ class Trainer:
         reason, save, traced = said[0][0]
         return reason, save, traced
 
-    def _take_step(self, plan: Step) -> None:
+    def _take_step(self, plan: Step, traced: bool) -> None:
         """Take a step, apply it if it is as it should be, and tell of it; or go back to a checkpoint."""
         started, busy = time.perf_counter(), self._watch.busy()
         figures, norm = self._gradient(plan)
@@ -248,6 +246,8 @@ class Trainer:
         if verdict.apply:
             self._apply(plan, figures, norm)
         self._learner.recycle()
+        if traced:  # before anything else runs through the pipeline, such as a validation
+            self._write_timeline(plan)
         self._remark(plan, figures, verdict)
         if verdict.streak or verdict.other_rows:
             self._go_back(plan, verdict)
