@@ -194,7 +194,7 @@ def test_of_differing_copies_the_majority_is_right(monkeypatch, values, ranks, w
             return [[[], 0, {name: mine} if mine else {}] for mine in values]
         return [{"norm.weight": mine, "gate.weight": 5} if mine else {} for mine in values]
 
-    monkeypatch.setattr(integrity, "exchange", said)
+    monkeypatch.setattr(toy.learner, "agreed_all", said)
     toy.step(0)
     with pytest.raises(CorruptionError) as raised:
         toy.step(1)

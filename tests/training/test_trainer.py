@@ -15,6 +15,7 @@ import torch
 from headrace.artifacts.tensors import load_tensors
 from headrace.checkpoint.reader import checkpoint_folder, open_checkpoint, steps, tensors_of
 from headrace.config.schema import Config
+from headrace.training.integrity import MEMORY, REPLICAS, Corruption, CorruptionError, Integrity
 from toy_run import (
     EXPERTS,
     LENGTH,
@@ -232,3 +233,20 @@ def test_a_timeline_is_of_one_step_and_not_of_the_validation_behind_it(
     assert called[:begin] == ["step"] * 4
     assert called[begin : begin + 4] == ["begin_timeline", "step", "timeline", "measure"]
     assert json.loads((tmp_path / "timeline.json").read_text())["step"] == 5
+
+
+@pytest.mark.parametrize(("check", "kept"), [(MEMORY, [4, 8]), (REPLICAS, [4])])
+def test_what_was_saved_since_the_state_was_known_to_be_good_is_removed(
+    check: str, kept: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saves after 4 and 8 steps; all was well before step 6, and something is found before step 10."""
+
+    def look(self: Integrity, step: int) -> bool:
+        if step == 9:
+            raise CorruptionError(Corruption(step + 1, check, (1,), "rank 1 differs"))
+        return step == 5
+
+    monkeypatch.setattr(Integrity, "before_update", look)
+    with pytest.raises(CorruptionError, match="rank 1 differs"):
+        toy_trainer(toy_config(), tmp_path).run()
+    assert steps(tmp_path) == kept

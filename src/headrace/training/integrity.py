@@ -27,7 +27,6 @@ import torch
 import xxhash
 
 from headrace.config.schema import LaunchConfig
-from headrace.parallel.assembly import exchange
 from headrace.parallel.digest import digest
 from headrace.parallel.shards import Piece
 from headrace.pipeline.engine import Losses
@@ -77,14 +76,17 @@ class Integrity:
         if self._verify_every and (step + 1) % self._verify_every == 0:
             self._sealed = self._digests()
 
-    def before_update(self, step: int) -> None:
-        """Compare, if the update before was hashed, the state that `step` is about to change; `CorruptionError`."""
+    def before_update(self, step: int) -> bool:
+        """Compare, if the update before was hashed, the state that `step` is about to change; `CorruptionError`.
+
+        Returns whether it was: then the state after `step` steps is good.
+        """
         if self._sealed is None:
-            return
+            return False
         sealed, self._sealed = self._sealed, None
         names = [name for name, value in self._digests().items() if value != sealed[name]]
         copies = {_key(group[0]): _joined(sealed, group) for group in self._learner.replicas()}
-        said = self._exchange([names[:_NAMED], len(names), copies])
+        said = self._learner.agreed_all([names[:_NAMED], len(names), copies])
         changed = {rank: (some, count) for rank, (some, count, _) in enumerate(said) if count}
         if changed:
             what = "; ".join(f"rank {rank}: {_listed(*found)} changed in memory" for rank, found in changed.items())
@@ -92,6 +94,7 @@ class Integrity:
         different = _different([digests for *_, digests in said])
         if different:
             self._name_copies(step, different, sealed)
+        return True
 
     def forget(self) -> None:
         """The state is replaced, by that of a checkpoint: what was hashed is no measure of it."""
@@ -119,7 +122,7 @@ class Integrity:
             _set_random_state(random, learner.device)
             _, second = self._recorded(take)
         found = first_difference(first, second, learner.mesh.rank)
-        said = [Difference(**entry) for entry in self._exchange(found and found.json) if entry]
+        said = [Difference(**entry) for entry in self._learner.agreed_all(found and found.json) if entry]
         if said:
             earliest = min(said)
             what = f"{earliest.label} of {earliest.action} came out different"
@@ -140,7 +143,7 @@ class Integrity:
     def _name_copies(self, step: int, groups: Sequence[str], sealed: Mapping[str, int]) -> None:
         """Raise which tensors of these groups of copies are not the same, and on which ranks."""
         pieces = [piece for group in self._learner.replicas() if _key(group[0]) in groups for piece in group]
-        said = self._exchange({_key(piece): sealed[_key(piece)] for piece in pieces})
+        said = self._learner.agreed_all({_key(piece): sealed[_key(piece)] for piece in pieces})
         found: dict[tuple[tuple[int, ...], str], list[str]] = {}
         for name in _different(said):
             verdict = _minority({rank: digests[name] for rank, digests in enumerate(said) if name in digests})
@@ -155,9 +158,6 @@ class Integrity:
         digests = {_key(piece): digest(piece.tensor) for piece in state}
         assert len(digests) == len(state), "two pieces of one name"
         return digests
-
-    def _exchange(self, value: Any) -> list[Any]:
-        return exchange(value, self._learner.mesh, self._learner.device)
 
 
 def _key(piece: Piece) -> str:

@@ -39,7 +39,7 @@ from headrace.recipe.schedule import Schedule, Step
 from headrace.training.ema import Ema
 from headrace.training.gemm_peak import gemm_peak
 from headrace.training.history import History
-from headrace.training.integrity import CorruptionError, Integrity
+from headrace.training.integrity import REPLICAS, CorruptionError, Integrity
 from headrace.training.learner import Learner
 from headrace.training.optimizer import Optimizer
 from headrace.training.place import Outcome as Outcome
@@ -94,6 +94,7 @@ class Trainer:
         self._first = learner.mesh.rank == 0
         self._taken, self._busy = 0, 0.0  # steps by this process; seconds at work in the last of them
         self._counters, self._history = Counters(), History()
+        self._known_good = 0  # steps after which all copies were last seen to be equal
         self._ema_loss: float | None = None
 
     def run(self) -> Outcome:
@@ -191,6 +192,7 @@ class Trainer:
         found = take_up(place.checkpoints, self._identity, self._parts, at_most, accept, self._watch.logger)
         if found:
             self._counters, self._history = found
+            self._known_good = self._counters.step
             self._saver.trust(self._counters.step)
             self._rhythm.saved(self._counters.step)
         return found is not None
@@ -199,7 +201,7 @@ class Trainer:
         """The state before the first step; the learner is initialised."""
         torch.manual_seed(self._config.seed.init)
         self._rhythm.saved(0)
-        self._counters, self._history = Counters(), History()
+        self._counters, self._history, self._known_good = Counters(), History(), 0
         if source := self._place.source:
             self._counters = begin_from(source, self._parts, self._place.same_rows)
             self._watch.logger.info("starting from %s, at row %d of the data", source, self._counters.first_position)
@@ -281,7 +283,8 @@ class Trainer:
         """Update weights and biases."""
         learner = self._learner
         learner.reduction.clip(self._config.recipe.optimizer.gradient_clip, norm)
-        self._integrity.before_update(plan.step)
+        if self._integrity.before_update(plan.step):
+            self._known_good = plan.step
         if self._ema:
             self._ema.wait()
         self._optimizer.step(plan.learning_rate, plan.muon_learning_rate)
@@ -328,12 +331,16 @@ class Trainer:
         self._watch.ledger("rollback", {"step": plan.step + 1, "to": found, "why": verdict.why, "rows_passed": rows})
 
     def _doubt(self, error: CorruptionError) -> None:
-        """Nothing that was saved since the state was last known to be good is to be gone on from."""
+        """Nothing that was saved since the state was last known to be good is to be gone on from.
+
+        Memory is compared with what it was one step before; copies may have parted at any step since they were equal.
+        """
         self._watch.ledger("corruption", error.facts)
         if self._saver.step == self._counters.step:
             self._saver.drop()
         self._saver.settle()
-        self._saver.forget_after(self._counters.step - 1)
+        before = self._counters.step - 1
+        self._saver.forget_after(min(before, self._known_good) if error.found.check == REPLICAS else before)
 
     def _elsewhere(self) -> bool:
         """Whether the run stands in another phase."""
