@@ -74,11 +74,6 @@ class Ema:
         for average in self._averages:
             average.zero_()
 
-    def close(self) -> None:
-        """End the thread."""
-        self.wait()
-        self._thread.shutdown()
-
     @torch.no_grad()
     def _average(self, weight: float, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
