@@ -150,22 +150,18 @@ def about(cause: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def test_a_rank_that_the_kernel_ends_for_lack_of_memory_is_restarted_and_the_cause_said(
-    fresh: Fresh, undisturbed: Product
+    fresh: Fresh, undisturbed: Product, tmp_path: Path
 ) -> None:
     group = Path("/sys/fs/cgroup/memory/headrace-faults")
     try:
         group.mkdir(exist_ok=True)
     except OSError:
         pytest.skip("needs a memory cgroup (v1) of its own, for which one must be root")
-    product = fresh()
-    stage = product.start()
-    stage.until_step(9)
+    (group / "memory.limit_in_bytes").write_text(str(1 << 20))
+    product = fresh().with_fault("memory", rank=1, step=10, group=str(group), once=str(tmp_path / "once"))
     try:
-        (group / "memory.limit_in_bytes").write_text(str(1 << 20))
-        (group / "cgroup.procs").write_text(str(stage.both_ranks()[1].pid))
-        ends_like(product, stage, undisturbed)
+        ends_like(product, product.start(), undisturbed)
     finally:
-        wait_for(lambda: True if not (group / "cgroup.procs").read_text() else None, 10)
         group.rmdir()
     [failure] = product.events("failure")
     assert failure["rank"] == 1

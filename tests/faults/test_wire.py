@@ -72,15 +72,13 @@ def test_a_wire_that_loses_packets_changes_no_bit(fresh: Fresh, undisturbed: Pro
     product = fresh().but(prefix=network)
     stage = product.start()
     stage.until_step(4)
-    within(
-        network, *["tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", "4mbit", "burst", "3000", "limit", "6000"]
-    )
+    within(network, "tc qdisc add dev lo root tbf rate 4mbit burst 3000 limit 6000")
     stage.until_step(10, seconds=180)
     dropped = int(within(network, "tc -s qdisc show dev lo").partition("dropped ")[2].split(",")[0])
     sent = int(within(network, "tc -s qdisc show dev lo").partition(" bytes ")[2].split()[0])
     print(f"{dropped} packets of {sent + dropped} dropped")
     assert dropped > 20
-    within(network, *["tc", "qdisc", "delete", "dev", "lo", "root"])
+    within(network, "tc qdisc delete dev lo root")
     ends_like(product, stage, undisturbed)
 
 
@@ -93,8 +91,8 @@ def test_ranks_that_cannot_reach_each_other_are_named_and_meet_again(
     stage.until_step(9)
     ranks = stage.both_ranks()
     cut, began = between(*ranks.values()), time.monotonic()
-    within(network, *["ip", "rule", "add", "pref", "100", "lookup", "local"])
-    within(network, *["ip", "rule", "delete", "pref", "0"])
+    within(network, "ip rule add pref 100 lookup local")
+    within(network, "ip rule delete pref 0")
     for port in cut:
         for end in ("sport", "dport"):
             within(network, f"ip rule add pref 10 ipproto tcp {end} {port} blackhole")

@@ -271,11 +271,12 @@ def _bytes(text: str) -> Tensor:
 def deterministic(device: torch.device) -> Iterator[None]:
     """On a CPU, where it costs nothing, refuse operations whose result may differ from run to run."""
     settings = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(device.type == "cpu")
+    before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory  # type: ignore[attr-defined]
+    # `use_deterministic_algorithms` does the same, and imports torch's compiler: two seconds for every rank.
+    torch.set_deterministic_debug_mode("error" if device.type == "cpu" else "default")
     settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.set_deterministic_debug_mode(before[0])
         settings.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]

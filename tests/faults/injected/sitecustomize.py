@@ -124,6 +124,17 @@ def hang() -> None:
     on_action(change)
 
 
+def memory() -> None:
+    """A computation that needs more memory than the rank may have: the kernel ends the process."""
+
+    def change(kind: str) -> None:
+        if now():
+            (Path(DETAILS["group"]) / "cgroup.procs").write_text(str(os.getpid()))
+            bytearray(64 << 20)[::4096] = b"\1" * (64 << 20 >> 12)
+
+    on_action(change)
+
+
 def not_a_number() -> None:
     """One element of one gradient on one rank is NaN, in one step."""
 
@@ -227,7 +238,7 @@ def rows() -> None:
     After("headrace.pipeline.engine", lambda module: wrap(module.Engine, "step", step))
 
 
-FAULTS = {f.__name__: f for f in (reset, crash, hang, not_a_number, flip, slow, late, clock, sync_error, rows)}
+FAULTS = {f.__name__: f for f in (reset, crash, hang, memory, not_a_number, flip, slow, late, clock, sync_error, rows)}
 
 if DETAILS and "headrace.training.on_rank" in sys.orig_argv:
     FAULTS[DETAILS["fault"]]()
