@@ -4,6 +4,8 @@ BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake
 # Kernels are also compiled with the newest Triton, ahead of the one that torch names (tests/kernels).
 NEWEST_TRITON := 3.9.0
+# Two tests beside each other, each on its share of the cores (tests/conftest.py).
+BESIDE := --numprocesses 2 --dist loadfile
 
 .PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-pipeline bench-checkpoint bench-gpu bench-overhead bench-seeds
 
@@ -20,10 +22,11 @@ setup: .venv/installed
 	touch $@
 
 test: setup
-	$(BIN)/pytest -m "not faults"
+	$(BIN)/pytest $(BESIDE) -m "not faults and not alone"
+	$(BIN)/pytest -m "alone and not faults"
 
 test-fast: setup
-	$(BIN)/pytest -m "not workflow and not browser and not faults"
+	$(BIN)/pytest $(BESIDE) -m "not workflow and not browser and not faults and not alone"
 
 test-faults: setup
 	$(BIN)/pytest -m "faults and not unproven"

@@ -1,7 +1,16 @@
-"""Kernels run in Triton's interpreter where there is no CUDA device (kernels/interpreter.py says how and why)."""
+"""Kernels run in Triton's interpreter where there is no CUDA device (kernels/interpreter.py says how and why).
+
+Under pytest-xdist every worker, and all that it starts, keeps to its own share of the cores: threads of several
+processes on one core wait for each other ten times as long as they compute.
+"""
 
 import importlib.util
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores) :: workers])
 
 import torch
 

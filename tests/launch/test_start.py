@@ -9,6 +9,8 @@ from headrace.errors import UserError
 from headrace.launch.start import commands, started
 from headrace.launch.wire import Meeting
 
+pytestmark = pytest.mark.alone
+
 PROGRAM = ["-m", "headrace.somewhere", "experiment=tiny", "paths.results=a b;c"]
 
 

@@ -17,6 +17,8 @@ from headrace.launch.blame import RankFailure
 from headrace.launch.start import started
 from headrace.launch.supervisor import Ended, ended_for_memory, supervise
 
+pytestmark = pytest.mark.alone
+
 PROGRAM = Path(__file__).with_name("supervised.py")
 END_SECONDS = 5.0
 

@@ -10,6 +10,8 @@ import torch
 
 from headrace.parallel.channel import DelayedChannel, InlineChannel, StreamChannel, ThreadChannel
 
+pytestmark = pytest.mark.alone
+
 KINDS = [InlineChannel, ThreadChannel]
 
 

@@ -22,6 +22,8 @@ from headrace.parallel.dispatch import ExpertParallelDispatcher, Sums, make_disp
 from headrace.parallel.mesh import Groups, Mesh
 from ranks import run_ranks
 
+pytestmark = pytest.mark.alone
+
 WIDTH, EXPERTS = 136, 8  # more than one tile of 128, and no multiple
 CASES = {
     2: [("fp64", 1, 2), ("fp64", 2, 2), ("fp8", 1, 2)],

@@ -25,6 +25,8 @@ from headrace.parallel.shards import pieces_of
 from headrace.training.optimizer import Optimizer, stays_whole
 from ranks import run_ranks
 
+pytestmark = pytest.mark.alone
+
 CPU = torch.device("cpu")
 EMBED, IDLE = "model.embed_tokens.weight", "model.layers.1.mlp.gate.weight"
 LAYERS = 12  # names in alphabetical order are not in the order of layers

@@ -31,6 +31,8 @@ from pipeline_runs import (
 )
 from ranks import run_ranks
 
+pytestmark = pytest.mark.alone
+
 HERE = "pipeline/test_engine.py"
 LIMIT = {"fp64": 1e-10, "fp32": 1e-5}
 SIZES = {2: [(2, 1, 1)], 4: [(2, 2, 1), (2, 2, 2), (4, 1, 1)]}  # by ranks: pipeline, expert, node size

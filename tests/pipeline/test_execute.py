@@ -22,6 +22,8 @@ from headrace.pipeline.transfer import ShapeError, Transfers, open_transfers
 from pipeline_runs import ALPHA, CPU, MTP, SCHEDULES, configuration, engine, layout, numerics_of, rows
 from ranks import run_ranks
 
+pytestmark = pytest.mark.alone
+
 HERE = "pipeline/test_execute.py"
 PEAKS = {f"{name} PP{ranks} training": (name, ranks, True) for name in SCHEDULES for ranks in (2, 4)}
 PEAKS |= {f"{name} PP4 validation": (name, 4, False) for name in ("1f1b", "zb_v", "dualpipe")}

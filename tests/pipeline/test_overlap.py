@@ -22,6 +22,8 @@ from headrace.pipeline.trace import PIECES
 from pipeline_runs import ALPHA, CPU, MTP, configuration, engine, figures, gradients, layout, local, rows
 from ranks import run_ranks
 
+pytestmark = pytest.mark.alone
+
 HERE = "pipeline/test_overlap.py"
 COLLECTIVES = {"combine'": "attention", "dispatch": "experts'", "dispatch'": "experts", "combine": "attention'"}
 """What of the other microbatch hides what (order of DeepSeek-V3's own trace; report, figure 4)."""

@@ -12,6 +12,8 @@ from headrace.pipeline.schedule import Kind
 from headrace.pipeline.transfer import ReceivePool, ShapeError, Transfers, open_transfers
 from ranks import run_ranks
 
+pytestmark = pytest.mark.alone
+
 HERE = "pipeline/test_transfer.py"
 SHAPE = torch.Size((1, 2, 3))
 

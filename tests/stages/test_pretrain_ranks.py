@@ -25,6 +25,8 @@ from headrace.stages.run import main
 from headrace.training.ledger import read
 from small_corpus import tokenized
 
+pytestmark = pytest.mark.alone
+
 SMALL = (
     "experiment=tiny", "tracking=disabled", "corpus=files", "corpus.validation_fraction=0.2", "precision=fp32",
     "corpus.heldout_fraction=0.2", "tokenizer.vocab_size=300", "recipe.sequence_length=16", "recipe.batch_sequences=8",

@@ -12,6 +12,8 @@ from headrace.training.optimizer import Optimizer
 from pipeline_runs import ALPHA, BIAS_SPEED, MTP, configuration, engine, layout, local, numerics_of, rows, update
 from ranks import run_ranks
 
+pytestmark = pytest.mark.alone
+
 HERE = "training/test_integrity_ranks.py"
 LAYOUTS = {"DualPipe": layout("dualpipe"), "experts on 2 ranks": layout("dualpipe_v", pipeline=1, expert=2)}
 TRIALS, SIZE = 12, 2.0**-12  # of each kind of flip and layout; see test_integrity.py for the size

@@ -26,6 +26,8 @@ from headrace.training.policies import DivergenceError
 from headrace.training.supervisor import Account, Faults, job_in_phase, train_supervised
 from toy_run import LENGTH, Recorder, toy_config
 
+pytestmark = pytest.mark.alone
+
 PROGRAM = Path(__file__).with_name("supervised_run.py")
 STEPS, INTERVAL = 12, 4
 RECOVERY_SECONDS = 20.0

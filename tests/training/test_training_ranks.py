@@ -20,6 +20,8 @@ from headrace.training.trainer import Trainer
 from ranks import run_ranks
 from toy_run import Recorder, frozen
 
+pytestmark = pytest.mark.alone
+
 HERE = "training/test_training_ranks.py"
 STEPS, LENGTH, ROWS = 18, 32, 8
 SPIKE, SKIPPED = 13, 6  # steps, counted from 1
