@@ -5,7 +5,7 @@ SNAKEMAKE := $(BIN)/snakemake
 # Kernels are also compiled with the newest Triton, ahead of the one that torch names (tests/kernels).
 NEWEST_TRITON := 3.9.0
 # Two tests beside each other, each on its share of the cores (tests/conftest.py).
-BESIDE := --numprocesses 2 --dist loadfile
+BESIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-pipeline bench-checkpoint bench-gpu bench-overhead bench-seeds
 

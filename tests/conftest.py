@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores
     cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.sched_setaffinity(0, cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores) :: workers])
 
+import pytest
 import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
@@ -22,3 +23,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     interpreter = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(interpreter)
     interpreter.interpret()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole workflows first: they take longest, and workers should come to their ends together."""
+    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)

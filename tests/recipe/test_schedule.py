@@ -157,6 +157,7 @@ def test_v3_is_extended_twice(plan: Schedule) -> None:
     assert plan.phase_at(first.end) == second
 
 
+@pytest.mark.alone
 def test_all_of_v3_is_resolved_in_a_second_and_at_first_almost_nothing(v3: RecipeConfig) -> None:
     def seconds() -> tuple[float, float]:
         started = time.process_time()
