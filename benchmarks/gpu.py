@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "kernels" / "gpu_results.json"
 NOTE = "Written by `make bench-gpu` on the GPU named here; not run in CI."
 SECONDS = 470.0  # for everything: what has not begun by then is left out and named
-LIMITS = {"gemms": 120.0, "layers": 120.0}  # seconds of a part; 60 for all others
+LIMITS = {"gemms": 120.0, "layers": 120.0}  # seconds of a part on a GPU
+OTHERS, INTERPRETED = 60.0, 240.0  # of all others, and of a check in the interpreter
 MOVERS = "movers (CUDA)"
 LAYERS = ("triton moe feed-forward", "triton transformer layer")
 OURS = ("triton", "gluon")
@@ -94,7 +95,8 @@ def collect(run: Run, quick: bool, cuda: bool) -> dict[str, Any]:
 
     def part(name: str, options: list[str]) -> list[dict[str, Any]]:
         left = SECONDS - (time.monotonic() - started)
-        rows, failure = run(name, options, min(left, LIMITS.get(name, 60.0))) if left > 5 else ([], "no time was left")
+        limit = min(left, LIMITS.get(name, OTHERS if cuda else INTERPRETED))
+        rows, failure = run(name, options, limit) if left > 5 else ([], "no time was left")
         if failure:
             results["failures"][name] = failure
         return rows
