@@ -29,7 +29,8 @@ test-fast: setup
 	$(BIN)/pytest $(BESIDE) -m "not workflow and not browser and not faults and not alone"
 
 test-faults: setup
-	$(BIN)/pytest -m "faults and not unproven"
+	$(BIN)/pytest --numprocesses 2 -m "faults and workflow and not unproven"
+	$(BIN)/pytest -m "faults and not workflow and not unproven"
 
 .PHONY: test-faults-full soak
 test-faults-full: setup
