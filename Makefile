@@ -28,6 +28,7 @@ test: setup
 test-fast: setup
 	$(BIN)/pytest $(BESIDE) -m "not workflow and not browser and not faults and not alone"
 
+# All workflow faults are in one file, so its tests are shared out one by one.
 test-faults: setup
 	$(BIN)/pytest --numprocesses 2 -m "faults and workflow and not unproven"
 	$(BIN)/pytest -m "faults and not workflow and not unproven"

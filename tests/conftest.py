@@ -1,7 +1,7 @@
 """Kernels run in Triton's interpreter where there is no CUDA device (kernels/interpreter.py says how and why).
 
-Under pytest-xdist every worker, and all that it starts, keeps to its own share of the cores: threads of several
-processes on one core wait for each other ten times as long as they compute.
+Under pytest-xdist every worker, and all that it starts, keeps to its own share of the cores: torch's threads in several
+processes on the same cores would slow each other down.
 """
 
 import importlib.util

@@ -157,9 +157,9 @@ def test_a_rank_that_the_kernel_ends_for_lack_of_memory_is_restarted_and_the_cau
         group.mkdir(exist_ok=True)
     except OSError:
         pytest.skip("needs a memory cgroup (v1) of its own, for which one must be root")
-    (group / "memory.limit_in_bytes").write_text(str(1 << 20))
     product = fresh().with_fault("memory", rank=1, step=10, group=str(group), once=str(tmp_path / "once"))
     try:
+        (group / "memory.limit_in_bytes").write_text(str(1 << 20))
         ends_like(product, product.start(), undisturbed)
     finally:
         group.rmdir()
