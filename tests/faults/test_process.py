@@ -43,7 +43,6 @@ def test_sigterm_saves_where_it_is_and_asks_to_be_run_again(fresh: Fresh, undist
     ends_like(product, product.start(), undisturbed)
 
 
-@pytest.mark.unproven
 def test_a_stopped_rank_is_found_its_stack_is_written_down_and_the_run_goes_on(
     fresh: Fresh, undisturbed: Product
 ) -> None:
@@ -70,7 +69,6 @@ def has_stack(folder: Path, rank: int) -> bool:
     return any("most recent call first" in log.read_text(errors="replace") for log in logs if log.is_file())
 
 
-@pytest.mark.unproven
 def test_a_rank_that_hangs_is_found_and_the_run_goes_on(fresh: Fresh, undisturbed: Product, tmp_path: Path) -> None:
     product = fresh("launch.hang_seconds=15").with_fault("hang", rank=1, step=14, once=str(tmp_path / "once"))
     ends_like(product, product.start(), undisturbed)
@@ -81,7 +79,6 @@ def test_a_rank_that_hangs_is_found_and_the_run_goes_on(fresh: Fresh, undisturbe
     assert has_stack(product.folder / "ranks", 1)
 
 
-@pytest.mark.unproven
 def test_a_slow_rank_is_named_and_nothing_else_happens(fresh: Fresh, undisturbed: Product) -> None:
     product = fresh().with_fault("slow", rank=1, from_step=12)
     ends_like(product, product.start(), undisturbed)
@@ -122,7 +119,6 @@ def memory(rank: psutil.Process) -> None:
     resource.prlimit(rank.pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))  # whatever it asks for, it does not get
 
 
-@pytest.mark.unproven
 def test_a_rank_at_a_limit_says_which_and_costs_no_checkpoint(fresh: Fresh, undisturbed: Product) -> None:
     product, seen = fresh("launch.hang_seconds=15"), 0
     stage = product.start()

@@ -14,15 +14,31 @@ from faults.product import Product, steps
 
 pytestmark = pytest.mark.faults
 
-LAYOUTS = (
-    ("parallel.pipeline=1", "parallel.data=1", "parallel.schedule=auto"),
-    ("parallel.pipeline=1", "parallel.data=2", "parallel.schedule=auto"),
-    ("parallel.pipeline=1", "parallel.data=4", "parallel.expert=2", "parallel.schedule=auto"),
-    ("parallel.pipeline=1", "parallel.data=1", "parallel.schedule=auto"),
-    ("parallel.pipeline=2", "parallel.data=2", "parallel.expert=2", "parallel.schedule=zb1p"),
-)
-LOSS_TOLERANCE = 1e-3
-"""Relative. Other layouts add gradients in another order, and FP8 and BF16 round what differs in the last bit."""
+ONE = ("parallel.pipeline=1", "parallel.data=1", "parallel.schedule=auto")
+LAYOUTS = {
+    "fp8": (
+        ONE,
+        ("parallel.pipeline=1", "parallel.data=2", "parallel.schedule=auto"),
+        ("parallel.pipeline=1", "parallel.data=4", "parallel.schedule=auto"),
+        ONE,
+        ("parallel.pipeline=2", "parallel.data=2", "parallel.schedule=zb1p"),
+    ),
+    "fp32": (
+        ONE,
+        ("parallel.pipeline=1", "parallel.data=2", "parallel.schedule=auto"),
+        ("parallel.pipeline=1", "parallel.data=4", "parallel.expert=2", "parallel.schedule=auto"),
+        ONE,
+        ("parallel.pipeline=2", "parallel.data=2", "parallel.expert=2", "parallel.schedule=zb1p"),
+    ),
+}
+"""Experts on other ranks in FP32 only: in FP8 gradients travel to them in FP8, and without a way to go they do not."""
+V3_RATES = (
+    "recipe.learning_rate.peak=2.2e-4", "recipe.optimizer.muon_learning_rate=1.5e-3",
+    "recipe.learning_rate.final=2.2e-5", "recipe.learning_rate.tail=[]",
+)  # fmt: skip
+"""At the demo's rates, ten times as high, a difference in the last bit turns a choice of experts within 15 steps."""
+LOSS_TOLERANCE = 1e-5
+"""Relative: other layouts add gradients in another order. Measured over these 24 steps: 2e-6 in FP32, 5e-8 in FP8."""
 
 
 def rows_by_step(file: Path) -> dict[int, list[str]]:
@@ -39,18 +55,22 @@ def losses(product: Product) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
-@pytest.mark.unproven
-def test_every_layout_goes_on_with_the_same_rows(fresh: Fresh, undisturbed: Product, tmp_path: Path) -> None:
-    product = fresh().with_fault("rows", file=str(tmp_path / "rows.jsonl"))
-    for number, layout in enumerate(LAYOUTS):
+@pytest.mark.parametrize("precision", ["fp8", "fp32"])
+def test_every_layout_goes_on_with_the_same_rows(precision: str, fresh: Fresh, tmp_path: Path) -> None:
+    settings = (f"precision={precision}", *V3_RATES)
+    undisturbed = fresh(*settings).with_fault("rows", file=str(tmp_path / "undisturbed.jsonl"))
+    stage = undisturbed.run()
+    assert stage.code == 0, stage.said
+    product, layouts = fresh(*settings).with_fault("rows", file=str(tmp_path / "rows.jsonl")), LAYOUTS[precision]
+    for number, layout in enumerate(layouts):
         stage = product.but(*layout).start()
-        if number == len(LAYOUTS) - 1:
+        if number == len(layouts) - 1:
             assert stage.wait() == 0, stage.said
             break
         stage.until_step(4 * (number + 1))
         stage.process.send_signal(signal.SIGTERM)
         assert stage.wait(90) == 75, stage.said
-    theirs = rows_by_step(undisturbed.folder.parents[2] / "rows.jsonl")
+    theirs = rows_by_step(tmp_path / "undisturbed.jsonl")
     assert sorted(theirs) == list(range(1, STEPS + 1))
     assert rows_by_step(tmp_path / "rows.jsonl") == theirs
     differ = max(abs(a - b) / b for a, b in zip(losses(product), losses(undisturbed), strict=True))

@@ -1,5 +1,6 @@
 """Commands that start ranks, as built lists; test_supervisor.py runs them (srun excepted)."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def meeting(start: str, world: int = 8, nodes: int = 1) -> Meeting:
 
 def test_local_starts_one_process_per_rank() -> None:
     built = commands(PROGRAM, meeting("local", world=2))
-    assert [command for command, _, _ in built] == [[sys.executable, *PROGRAM]] * 2
+    assert [command for command, _, _ in built] == [
+        [sys.executable, "-m", "headrace.launch.child", str(os.getpid()), *PROGRAM]
+    ] * 2
     assert [extra for _, extra, _ in built] == [{"RANK": "0", "LOCAL_RANK": "0"}, {"RANK": "1", "LOCAL_RANK": "1"}]
     assert [log for _, _, log in built] == [Path("/run/ranks/rank-0.log"), Path("/run/ranks/rank-1.log")]
 

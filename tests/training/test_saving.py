@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from headrace.checkpoint import writer
 from headrace.checkpoint.reader import newest_valid, steps
 from headrace.config.schema import Config
+from headrace.errors import UserError
 from headrace.planning.reliability import auto_interval
 from headrace.training.saving import FIRST_SAVE, Rhythm, SaveFailed
 from toy_run import Recorder, assert_same_end, toy_config, toy_trainer
@@ -77,13 +79,13 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pyt
     assert steps(tmp_path)[-1] == 12
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, file: str, step: int) -> None:
-    """Make the disk full while a file is written in the save of a step."""
+def failing(monkeypatch: pytest.MonkeyPatch, file: str, step: int, number: int = errno.ENOSPC) -> None:
+    """Make the disk full, or fail otherwise, while a file is written in the save of a step."""
     real = writer.write_verified
 
     def fail(path: Path, *rest: Any) -> str:
         if f"{writer.LEFTOVER}{step}-" in str(path) and path.name == file:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            raise OSError(number, os.strerror(number), str(path))
         return real(path, *rest)
 
     monkeypatch.setattr(writer, "write_verified", fail)
@@ -111,12 +113,15 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
     assert_same_end(tmp_path / "ours", straight)
 
 
+@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, UserError), (errno.EROFS, SaveFailed)])
 @pytest.mark.parametrize("file", FILES)
-def test_the_last_save_must_succeed(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, file, 12)
-    with pytest.raises(SaveFailed, match="the checkpoint of step 12 could not be saved") as raised:
+def test_the_last_save_must_succeed(
+    file: str, number: int, expected: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, file, 12, number)
+    with pytest.raises(expected, match="the checkpoint of step 12 could not be saved") as raised:
         toy_trainer(toy_config(), tmp_path).run()
-    assert raised.value.errno == errno.ENOSPC
+    assert ("the disk is full; free some space" in str(raised.value)) == (number == errno.ENOSPC)
     found = newest_valid(tmp_path)
     assert found is not None
     assert found.step == 8

@@ -147,7 +147,7 @@ class Rank:
             "well": False,
             "activity": self._heart.activity[0],
             "type": type(error).__name__,
-            "text": str(error),
+            "text": _text(error),
             "traceback": "".join(traceback.format_exception(error)),
             "user": isinstance(error, UserError),
             "another_left": another_left(error),
@@ -155,6 +155,14 @@ class Rank:
         }
         self._heart.tell("ended", facts)
         self._heart.close()
+
+
+def _text(error: BaseException) -> str:
+    """What an exception says, with the cause where Python names none."""
+    text = str(error)
+    if text == "can't start new thread":
+        text += ": no memory is left, or no process (see `ulimit -v -u`)"
+    return text
 
 
 def run_as_rank(body: Callable[[Rank], None]) -> int:

@@ -123,7 +123,8 @@ def commands(program: Sequence[str], meeting: Meeting) -> list[tuple[list[str], 
     world, logs = meeting.world, Path(meeting.logs)
     if meeting.start == "local":
         seats = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-        return [([sys.executable, *program], seat, meeting.log_of(rank)) for rank, seat in enumerate(seats)]
+        command = [sys.executable, "-m", "headrace.launch.child", str(os.getpid()), *program]
+        return [(command, seat, meeting.log_of(rank)) for rank, seat in enumerate(seats)]
     if meeting.start == "srun":
         command = [
             "srun",

@@ -6,7 +6,7 @@
     settle    wait until the save in progress is published or given up
 
 All ranks make the same calls in the same order, and agree on what became of a save from the words that they exchange.
-Only the last save of a run must succeed: `last` raises `SaveFailed`.
+Only the last save of a run must succeed: `last` raises `SaveFailed`, or `UserError` where the disk is full.
 """
 
 import errno
@@ -24,6 +24,7 @@ from headrace.checkpoint.reader import checkpoint_folder, open_checkpoint, steps
 from headrace.checkpoint.retain import retain
 from headrace.checkpoint.writer import Writer, abandon, clear_leftovers, publish, remove
 from headrace.config.schema import CheckpointConfig, ParallelConfig
+from headrace.errors import UserError
 from headrace.parallel.shards import Piece
 from headrace.planning.reliability import auto_interval, machines_of
 from headrace.training.learner import Learner
@@ -81,7 +82,7 @@ class Saver:
         with self._learner.watch.patiently(f"saving step {step}"):
             self.settle()
             self._saves += 1
-            self._now = _Save(step, f"{self._token}n{self._saves}", state, time.perf_counter())
+            self._now = _Save(step, f"{self._token}n{self._saves:06d}", state, time.perf_counter())
             self._writer.begin(step, self._now.token, kinds)
             if not self._settings.asynchronous:
                 self.settle()
@@ -89,13 +90,16 @@ class Saver:
         self._ledger("save", {"step": step, "stall": round(self.stall, 6)})
 
     def last(self, step: int, kinds: Mapping[str, Sequence[Piece]], state: Mapping[str, Any]) -> None:
-        """Save and wait; `SaveFailed` where no checkpoint of this step comes of it."""
+        """Save and wait; `SaveFailed` where no checkpoint of this step comes of it, `UserError` for a full disk."""
         self.settle()
         if self.newest != step:
             self.begin(step, kinds, state)
             self.settle()
         if self.newest != step:
             assert self._failure is not None
+            if self._failure.errno in (errno.ENOSPC, errno.EDQUOT):  # nothing that starting again would mend
+                text = f"{self._failure.strerror}: the disk is full; free some space and run it again"
+                raise UserError(f"{text}: nothing finished is lost")
             raise self._failure
 
     def word(self) -> str | None:

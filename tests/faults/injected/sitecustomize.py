@@ -117,11 +117,12 @@ def crash() -> None:
 def hang() -> None:
     """A computation that never ends."""
 
-    def change(kind: str) -> None:
+    def doing(old: Callable[..., Any], self: Any, action: str) -> None:
+        old(self, action)
         if now():
             time.sleep(1e6)
 
-    on_action(change)
+    After("headrace.pipeline.execute", lambda module: wrap(module._Execution, "_doing", doing))
 
 
 def memory() -> None:
@@ -172,15 +173,23 @@ def flip() -> None:
 
 
 def slow() -> None:
-    """From a step on, every computation of one rank takes half as long again, waits for others not counted."""
+    """From a step on, every computation of one rank takes half as long again, from when what it needs is there."""
+    began = [0.0]
 
-    def compute(old: Callable[..., Any], self: Any, action: Any) -> Any:
-        began = time.thread_time()
+    def doing(old: Callable[..., Any], self: Any, action: str) -> None:
+        old(self, action)
+        began[0] = time.monotonic()
+
+    def compute(old: Callable[..., Any], self: Any, action: Any) -> None:
         old(self, action)
         if DETAILS["rank"] == RANK and STEP[0] >= DETAILS["from_step"]:
-            time.sleep(0.5 * (time.thread_time() - began))
+            time.sleep(0.5 * (time.monotonic() - began[0]))
 
-    After("headrace.pipeline.execute", lambda module: wrap(module._Execution, "_compute", compute))
+    def change(module: Any) -> None:
+        wrap(module._Execution, "_doing", doing)
+        wrap(module._Execution, "_compute", compute)
+
+    After("headrace.pipeline.execute", change)
 
 
 def late() -> None:
