@@ -31,14 +31,16 @@ LAYOUTS = {
         ("parallel.pipeline=2", "parallel.data=2", "parallel.expert=2", "parallel.schedule=zb1p"),
     ),
 }
-"""Experts on other ranks in FP32 only: in FP8 gradients travel to them in FP8, and without a way to go they do not."""
+LAYOUTS["fp8 with experts"] = LAYOUTS["fp32"]
 V3_RATES = (
     "recipe.learning_rate.peak=2.2e-4", "recipe.optimizer.muon_learning_rate=1.5e-3",
     "recipe.learning_rate.final=2.2e-5", "recipe.learning_rate.tail=[]",
 )  # fmt: skip
-"""At the demo's rates, ten times as high, a difference in the last bit turns a choice of experts within 15 steps."""
+"""At the demo's rates, ten times as high, losses drift to 1e-3 within 15 to 19 steps, in FP32 too."""
 LOSS_TOLERANCE = 1e-5
-"""Relative: other layouts add gradients in another order. Measured over these 24 steps: 2e-6 in FP32, 5e-8 in FP8."""
+"""Relative: other layouts add gradients in another order."""
+WITH_EXPERTS_TOLERANCE = 1e-3
+"""In FP8 with experts on other ranks. Not met, and it is not known why: up to 7e-3 from the second step on."""
 
 
 def rows_by_step(file: Path) -> dict[int, list[str]]:
@@ -55,13 +57,13 @@ def losses(product: Product) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
-@pytest.mark.parametrize("precision", ["fp8", "fp32"])
-def test_every_layout_goes_on_with_the_same_rows(precision: str, fresh: Fresh, tmp_path: Path) -> None:
-    settings = (f"precision={precision}", *V3_RATES)
+@pytest.mark.parametrize("case", ["fp8", "fp32", pytest.param("fp8 with experts", marks=pytest.mark.unproven)])
+def test_every_layout_goes_on_with_the_same_rows(case: str, fresh: Fresh, tmp_path: Path) -> None:
+    settings = (f"precision={case.split()[0]}", *V3_RATES)
     undisturbed = fresh(*settings).with_fault("rows", file=str(tmp_path / "undisturbed.jsonl"))
     stage = undisturbed.run()
     assert stage.code == 0, stage.said
-    product, layouts = fresh(*settings).with_fault("rows", file=str(tmp_path / "rows.jsonl")), LAYOUTS[precision]
+    product, layouts = fresh(*settings).with_fault("rows", file=str(tmp_path / "rows.jsonl")), LAYOUTS[case]
     for number, layout in enumerate(layouts):
         stage = product.but(*layout).start()
         if number == len(layouts) - 1:
@@ -75,7 +77,7 @@ def test_every_layout_goes_on_with_the_same_rows(precision: str, fresh: Fresh, t
     assert rows_by_step(tmp_path / "rows.jsonl") == theirs
     differ = max(abs(a - b) / b for a, b in zip(losses(product), losses(undisturbed), strict=True))
     print(f"losses differ by at most {differ:.2e}")
-    assert differ < LOSS_TOLERANCE
+    assert differ < (WITH_EXPERTS_TOLERANCE if case == "fp8 with experts" else LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize(
