@@ -167,17 +167,9 @@ def test_all_of_v3_is_resolved_in_a_second_and_at_first_almost_nothing(v3: Recip
         assert tokens == plan.tokens_after(plan.steps)
         return made - started, time.process_time() - made
 
-    made, resolved = map(min, zip(*(seconds() for _ in range(3)), strict=True))
+    made, resolved = map(min, zip(*(seconds() for _ in range(10)), strict=True))  # whatever else the machine does
     assert made < 0.02
-    assert resolved < 1 or resolved < 2.5 * bare()  # where the machine is busy, beside the least that Python can do
-
-
-def bare() -> float:
-    """Seconds to make as many records, and look one number up for each."""
-    table, started = dict(enumerate(range(1000))), time.process_time()
-    for step in range(245_098):
-        Step(step, table[step % 1000], "main", 1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1)
-    return time.process_time() - started
+    assert resolved < 1
 
 
 def test_cumulative_tokens_and_positions_are_the_sums_of_the_steps() -> None:
