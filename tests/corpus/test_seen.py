@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.corpus.seen import look_at, recall, remember
+from headrace.corpus.listing import Found
+from headrace.corpus.seen import folders_of, look_at, recall, remember
 
 
 @pytest.fixture
@@ -14,7 +15,9 @@ def lock_path(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     path = tmp_path / "lock.json"
-    remember(path, "key", look_at(str(tmp_path / name) for name in ("a/one.txt", "a/two.txt")), ["new"])
+    remember(
+        path, "key", look_at(Found(name, str(tmp_path / name), "a") for name in ("a/one.txt", "a/two.txt")), ["new"]
+    )
     return path
 
 
@@ -38,7 +41,23 @@ def test_every_change_is_seen(lock_path: Path, change: str) -> None:
     assert not recall(lock_path, "key").still()
 
 
+def test_folders_up_to_the_root_are_looked_at(tmp_path: Path) -> None:
+    web, names = tmp_path / "web", ("web/2024/10/a.txt", "web/b.txt", "alone.txt")
+    files = [Found(name, f"{tmp_path}/{name}", "web" if "/" in name else ".") for name in names]
+    assert folders_of(files) == {f"{web}/2024/10", f"{web}/2024", str(web), str(tmp_path)}
+    assert folders_of([Found("a/b.txt", "a/b.txt", "."), Found("s3://x/y", "s3://x/y", "s3://x")]) == {"a", "."}
+
+
 def test_another_key_and_a_damaged_file_know_nothing(lock_path: Path) -> None:
     assert recall(lock_path, "other").files == {}
     lock_path.with_name("lock.json.seen").write_text("{")
     assert recall(lock_path, "key").files == {}
+
+
+def test_remote_files_look_as_their_listing_says_and_must_be_listed_again(tmp_path: Path) -> None:
+    address = "memory://bucket/a.jsonl"
+    looks = look_at([Found(address, address, "memory://bucket", size=5, identity="etag:1")])
+    assert looks == {address: "5 etag:1"}
+    remember(tmp_path / "lock", "key", looks, [])
+    seen = recall(tmp_path / "lock", "key")
+    assert seen.files == looks and seen.folders == {} and not seen.still()

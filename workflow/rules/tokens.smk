@@ -19,16 +19,41 @@ rule tokenizer:
         graph.command("tokenizer")
 
 
-rule tokenize_shards:
+rule tokenize_plan:
     input:
         corpus=graph.done("corpus"),
         tokenizer=graph.done("tokenizer"),
     output:
-        done=graph.file("tokenize", "batches/{batch}.done"),
+        done=graph.batch("tokenize", "tokenize_plan", ".done"),
     log:
-        graph.file("tokenize", "batches/{batch}.log"),
+        graph.batch("tokenize", "tokenize_plan", ".log"),
     benchmark:
-        graph.file("tokenize", "batches/{batch}.tsv")
+        graph.batch("tokenize", "tokenize_plan", ".tsv")
+    wildcard_constraints:
+        batch="00000",
+    conda:
+        "../envs/main.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    message:
+        "tokenize: decide which documents each shard holds"
+    shell:
+        graph.batch_command("tokenize", "tokenize_plan")
+
+
+rule tokenize_shards:
+    input:
+        corpus=graph.done("corpus"),
+        tokenizer=graph.done("tokenizer"),
+        plan=expand(graph.batch("tokenize", "tokenize_plan", ".done"), batch="00000"),
+    output:
+        done=graph.batch("tokenize", "tokenize_shards", ".done"),
+    log:
+        graph.batch("tokenize", "tokenize_shards", ".log"),
+    benchmark:
+        graph.batch("tokenize", "tokenize_shards", ".tsv")
     wildcard_constraints:
         batch="[0-9]{5}",
     conda:
@@ -40,7 +65,7 @@ rule tokenize_shards:
     message:
         "tokenize: token shards, batch {wildcards.batch}"
     shell:
-        graph.batch_command()
+        graph.batch_command("tokenize", "tokenize_shards")
 
 
 rule tokenize:
@@ -48,7 +73,8 @@ rule tokenize:
         corpus=graph.done("corpus"),
         tokenizer=graph.done("tokenizer"),
         batches=expand(
-            graph.file("tokenize", "batches/{batch}.done"), batch=graph.batches()
+            graph.batch("tokenize", "tokenize_shards", ".done"),
+            batch=graph.shard_batches(),
         ),
     output:
         done=graph.done("tokenize"),

@@ -16,10 +16,11 @@ import re
 import sysconfig
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from headrace.corpus.licences import allowed, declared
-from headrace.corpus.listing import Found
+from headrace.corpus.listing import ENVIRONMENT, Found
 from headrace.errors import UserError
 
 ENGLISH = "stdlib/pydoc_data/topics.py"
@@ -55,19 +56,30 @@ def kind_of(name: str) -> str | None:
 def list_environment(
     packages: bool, licences: Collection[str], stdlib: Path | None = None, purelib: Path | None = None
 ) -> list[Found]:
-    """The files of the standard library and, with `packages`, of licensed distributions, sorted by name.
+    """The files of the standard library and, with `packages`, of licensed distributions, sorted by root and name.
 
     `stdlib` and `purelib` are this interpreter's own unless given. Names do not depend on where they lie.
     """
     library = stdlib or Path(sysconfig.get_path("stdlib"))
-    found = [Found(f"stdlib/{name}", f"{library}/{name}", "stdlib") for name in _stdlib_files(library)]
+    found = [Found(f"stdlib/{name}", f"{library}/{name}", "stdlib", ENVIRONMENT) for name in _stdlib_files(library)]
     if packages:
         site = purelib or Path(sysconfig.get_path("purelib"))
         for distribution in distributions(licences, site):
             root = f"packages/{distribution.name}"
-            found += [Found(f"{root}/{name}", f"{site}/{name}", root) for name in distribution.files]
+            found += [Found(f"{root}/{name}", f"{site}/{name}", root, ENVIRONMENT) for name in distribution.files]
     unique = {file.name: file for file in found}
-    return [unique[name] for name in sorted(unique)]
+    return sorted(unique.values(), key=lambda file: (file.root, file.name))
+
+
+def environment_path(name: str) -> str:
+    """Where a file of the environment corpus lies for this interpreter."""
+    root, _, rest = name.partition("/")
+    return f"{_place('stdlib')}/{rest}" if root == "stdlib" else f"{_place('purelib')}/{rest.partition('/')[2]}"
+
+
+@cache
+def _place(kind: str) -> str:
+    return sysconfig.get_path(kind)
 
 
 def distributions(licences: Collection[str], purelib: Path | None = None) -> list[Distribution]:

@@ -1,16 +1,19 @@
 """A source file in, its documents out, one at a time.
 
 A plain text file is one document; each line of JSONL (plain, `.gz`, `.zst`) and each row of Parquet is one. Text is
-strict UTF-8: a byte that is not is the user's to mend, and the error says where it is. Nothing is filtered here.
+strict UTF-8. A line or row that is not a document (not JSON, no text in it, not UTF-8) comes out as `Damaged`, in its
+place, for the caller to count; a file that is broken as a whole is a `UserError` that names it. Nothing is filtered
+here; but a plain file that is longer than a document may be is not read, for it would have to be in memory whole.
 """
 
 import gzip
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import orjson
 import pyarrow as pa
@@ -18,104 +21,161 @@ import pyarrow.parquet as pq
 import zstandard
 
 from headrace.corpus.environment import ENGLISH, english_topics, kind_of
-from headrace.corpus.listing import Found
+from headrace.corpus.listing import LINES, Found, holds_many
+from headrace.corpus.remote import STREAM, is_remote, open_remote
 from headrace.errors import UserError
 
 T = TypeVar("T")
 
 _CHUNK = 1 << 20
-LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
+_ROWS = 1024  # decoded at once
+_TOO_LARGE_WINDOW = "too much memory"  # in zstd's message for a window of more than 128 MiB, which it does not allow
 
 
-class NotUtf8(UserError):  # noqa: N818 - it names the condition, as UnicodeDecodeError's reason does
-    """A file whose bytes are not UTF-8; the environment corpus leaves such files out."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
-    """One text. `path` is the source's name, with `#line`, `#row` or `#topic` where a file holds many documents."""
+    """One text. `path` is the source's name, with `#line`, `#row` or `#topic` where a file holds many documents.
+
+    `unread` is the size of a file that is too long to be a document; its text was not read and is empty.
+    """
 
     path: str
     kind: str
     text: str
+    unread: int = 0
 
 
-def holds_many(name: str) -> bool:
-    """Whether a file of this name holds many unrelated documents, so that its split goes by document."""
-    return name.endswith((*LINES, ".parquet"))
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """What should have been a document: `where` (file and line, row or byte), the `rule` it breaks, and the details."""
+
+    where: str
+    rule: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.rule}{f' ({self.detail})' if self.detail else ''}"
 
 
-def read_documents(found: Found, text_field: str) -> Iterator[Document]:
-    """The documents of one file, in file order.
+def read_documents(found: Found, text_field: str, groups: range | None = None) -> Iterator[Document | Damaged]:
+    """The documents of one file in file order; of a Parquet file those of the row groups `groups` (None: all).
 
-    Raises `UserError` naming the file, and the line, row or byte, for text that is not UTF-8, a line that is not a JSON
-    object, and a `text_field` that is missing or not a string.
+    Raises `UserError` naming the file if it cannot be read, is a broken archive, or has no column `text_field`.
     """
+    if found.name.startswith(STREAM):
+        from headrace.corpus.hub_stream import read_stream  # imports `datasets`
+
+        return (_document(text, f"{found.name}#{row}") for row, text in read_stream(found.name, text_field, groups))
     if found.name.endswith(LINES):
         return _read_lines(found, text_field)
     if found.name.endswith(".parquet"):
-        return _read_parquet(found, text_field)
+        return _read_parquet(found, text_field, groups)
     return _read_text(found)
 
 
-def decode(data: bytes, name: str) -> str:
-    """Strict UTF-8; the `UserError` names the file and the byte."""
+def too_long(found: Found, size: int, max_document_bytes: int) -> Document | None:
+    """What stands for a plain file of more bytes than a document may have; None where the file is to be read."""
+    many = holds_many(found.name) or _holds_topics(found)
+    return None if many or size <= max_document_bytes else Document(found.name, _kind(found), "", size)
+
+
+def row_group_bytes(found: Found, text_field: str) -> tuple[int, ...]:
+    """Bytes of text, uncompressed, in each row group of a Parquet file."""
+    with _open_parquet(found, text_field) as file:
+        metadata = file.metadata
+        column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_field)
+        groups = range(metadata.num_row_groups)
+        return tuple(metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
+
+
+def _open(found: Found) -> AbstractContextManager[IO[bytes]]:
+    if is_remote(found.path):
+        return open_remote(found.path)
     try:
-        return data.decode("utf-8")
+        return Path(found.path).open("rb")
+    except OSError as error:
+        raise UserError(f"{found.name}: cannot be read: {error.strerror}; see `headrace index`") from None
+
+
+def _read_text(found: Found) -> Iterator[Document | Damaged]:
+    with _open(found) as file:
+        data = file.read()
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise NotUtf8(f"{name}: not UTF-8: {byte}; convert the file or leave it out") from None
-
-
-def _read_text(found: Found) -> Iterator[Document]:
-    text = decode(Path(found.path).read_bytes(), found.name)
-    if found.name == ENGLISH and found.root == "stdlib":
+        yield Damaged(found.name, "not UTF-8", f"byte 0x{data[error.start]:02x} at offset {error.start}")
+        return
+    if _holds_topics(found):
         for topic, prose in english_topics(text, found.name):
             yield Document(f"{found.name}#{topic}", "english", prose)
     else:
-        yield Document(found.name, kind_of(found.name) or "text", text)
+        yield Document(found.name, _kind(found), text)
 
 
-def _read_lines(found: Found, text_field: str) -> Iterator[Document]:
+def _holds_topics(found: Found) -> bool:
+    return found.name == ENGLISH and found.root == "stdlib"
+
+
+def _kind(found: Found) -> str:
+    return kind_of(found.name) or "text"
+
+
+def _read_lines(found: Found, text_field: str) -> Iterator[Document | Damaged]:
     for number, line in enumerate(_lines(found), start=1):
         if line.strip():
-            yield Document(f"{found.name}#{number}", "text", _text_of(line, text_field, f"{found.name}:{number}"))
+            yield _parse(line, text_field, found.name, number)
 
 
-def _text_of(line: bytes, text_field: str, where: str) -> str:
+def _parse(line: bytes, text_field: str, name: str, number: int) -> Document | Damaged:
+    where = f"{name}:{number}"
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg}); mend or remove the line") from None
+        return Damaged(where, "not valid JSON", error.msg)
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a line must be a JSON object with the field {text_field!r}")
+        return Damaged(where, "not a JSON object", "")
     if text_field not in value:
-        raise UserError(f"{where}: no field {text_field!r} (there are {sorted(value)[:8]}); set corpus.text_field")
-    text = value[text_field]
+        return Damaged(where, f"no field {text_field!r}", f"there are {sorted(value)[:8]}")
+    return _document(value[text_field], f"{name}#{number}", where)
+
+
+def _document(text: Any, path: str, where: str | None = None) -> Document | Damaged:
+    if text is None:
+        return Damaged(where or path, "text is null", "")
     if not isinstance(text, str):
-        raise UserError(f"{where}: field {text_field!r} is not a string; set corpus.text_field")
-    return text
+        return Damaged(where or path, "text is not a string", type(text).__name__)
+    return Document(path, "text", text)
 
 
 def _lines(found: Found) -> Iterator[bytes]:
     """The lines of a file; damage in the compressed stream becomes one line that names the file."""
     try:
-        with Path(found.path).open("rb") as raw:
+        with _open(found) as raw:
             if found.name.endswith(".gz"):
-                yield from gzip.GzipFile(fileobj=raw)
+                yield from _split_lines(_chunks(gzip.GzipFile(fileobj=raw)))
             elif found.name.endswith(".zst"):
                 yield from _split_lines(_decompressed(raw))
             else:
-                yield from raw
+                yield from _split_lines(_chunks(raw))
     except (zstandard.ZstdError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        if _TOO_LARGE_WINDOW in str(error):
+            raise UserError(
+                f"{found.name}: compressed with a window of more than 128 MiB (zstd --long=28 or more), which takes "
+                "as much memory to read; compress it again with --long=27 or less"
+            ) from None
         raise UserError(f"{found.name}: damaged or truncated compressed file ({error}); fetch it again") from None
+
+
+def _chunks(file: Any) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK):
+        yield chunk
 
 
 def _decompressed(raw: IO[bytes]) -> Iterator[bytes]:
     """Every frame of a zstd file. The library's own stream reader takes a truncated frame for the end of the file."""
     decompressor = zstandard.ZstdDecompressor()
     frame = decompressor.decompressobj()
-    while chunk := raw.read(_CHUNK):
+    for chunk in _chunks(raw):
         while chunk:
             if frame.eof:
                 frame = decompressor.decompressobj()
@@ -126,30 +186,61 @@ def _decompressed(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
+    pending: list[bytes] = []  # the parts of a line that has no end yet: joined once, however long it is
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
+        first, *rest = chunk.split(b"\n")
+        pending.append(first)
+        if rest:
+            yield b"".join(pending)
+            yield from rest[:-1]
+            pending = [rest[-1]]
+    if any(pending):
+        yield b"".join(pending)
 
 
-def _read_parquet(found: Found, text_field: str) -> Iterator[Document]:
-    file = _parquet(partial(pq.ParquetFile, found.path), found.name)
-    names = file.schema_arrow.names
-    if text_field not in names:
-        raise UserError(f"{found.name}: no column {text_field!r} (there are {names[:8]}); set corpus.text_field")
-    row = 0
-    for group in range(file.num_row_groups):
-        column = _parquet(partial(file.read_row_group, group, [text_field]), found.name)[text_field]
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            held = f"column {text_field!r} holds {column.type}, not strings"
-            raise UserError(f"{found.name}: {held}; set corpus.text_field")
-        for text in _parquet(column.to_pylist, found.name):
-            if text is None:
-                raise UserError(f"{found.name}: row {row} of column {text_field!r} is null; remove the row")
-            yield Document(f"{found.name}#{row}", "text", text)
-            row += 1
+def _read_parquet(found: Found, text_field: str, groups: range | None) -> Iterator[Document | Damaged]:
+    with _open_parquet(found, text_field) as file:
+        for group in range(file.num_row_groups) if groups is None else groups:
+            row = sum(file.metadata.row_group(before).num_rows for before in range(group))
+            batches = file.iter_batches(_ROWS, row_groups=[group], columns=[text_field], use_threads=False)
+            while (batch := _parquet(partial(next, batches, None), found.name)) is not None:
+                for text in _texts(batch.column(0)):
+                    where = f"{found.name}#{row}"
+                    yield Damaged(where, "not UTF-8", "") if isinstance(text, bytes) else _document(text, where)
+                    row += 1
+
+
+def _texts(column: Any) -> list[str | bytes | None]:
+    """The strings of a column; bytes stand for those that are not UTF-8, which Arrow does not check."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_text_or_bytes(data) for data in column.cast(pa.large_binary()).to_pylist()]
+
+
+def _text_or_bytes(data: bytes | None) -> str | bytes | None:
+    try:
+        return None if data is None else data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data
+
+
+@contextmanager
+def _open_parquet(found: Found, text_field: str) -> Iterator[Any]:
+    """An open Parquet file whose text column is there and holds strings."""
+    with _open(found) as raw:
+        file = _parquet(partial(pq.ParquetFile, raw), found.name)
+        schema = file.schema_arrow
+        if text_field not in schema.names:
+            there = f"there are {schema.names[:8]}"
+            raise UserError(f"{found.name}: no column {text_field!r} ({there}); set corpus.text_field")
+        kind = schema.field(text_field).type
+        held = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(held) or pa.types.is_large_string(held)):
+            raise UserError(f"{found.name}: column {text_field!r} holds {kind}, not strings; set corpus.text_field")
+        yield file
 
 
 def _parquet(action: Callable[[], T], name: str) -> T:

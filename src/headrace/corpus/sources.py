@@ -1,23 +1,23 @@
 """The lock that belongs to a configuration, which is part of the corpus' fingerprint.
 
-It lies under `results/locks/`, named after the corpus' settings. The first run makes it; afterwards the files must stay
-as they were, until `headrace index` takes the new text over.
+It lies under `results/locks/`, named after the settings that say which files the corpus has, so that other filters or
+fractions hash nothing again. The first run makes it; afterwards the files must stay as they were, until
+`headrace index` takes the new text over.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from headrace.config.schema import Config
-from headrace.corpus.lock import Lock, ensure, index, read
+from headrace.corpus.lock import Lock, ensure, index, read, source_settings
 
 
 def lock_path(config: Config) -> Path:
     """Where the lock of this corpus lies."""
-    canonical = json.dumps(asdict(config.corpus), sort_keys=True)
-    name = f"{config.corpus.source}-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}.json"
+    canonical = json.dumps(source_settings(config.corpus))
+    name = f"{config.corpus.source}-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}.lock"
     return Path(config.paths.results) / "locks" / name
 
 

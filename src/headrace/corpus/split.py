@@ -4,67 +4,122 @@ A group is a second-level directory (neighbouring files repeat each other: a doc
 the training text, or nearly) or, in JSONL and Parquet, a document. Groups of code, headers, documentation and text are
 divided apart, so that each kind is in each split where it has groups enough. Validation chooses settings; held-out text
 is for the reported figures and nothing else.
+
+Groups are taken in the order of their ranks: the hash of a directory's name, the digest of a document. They are read
+from an iterator, and only those that are chosen are remembered: documents that are groups may be billions.
 """
 
 import hashlib
+import heapq
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from headrace.errors import UserError
 
 TRAIN, VALIDATION, HELDOUT = "train", "validation", "heldout"
 SPLITS = (TRAIN, VALIDATION, HELDOUT)
+RANK_BYTES = 16
+
+
+class Group(NamedTuple):
+    """What is never divided: its place in the order, its bytes of text, and its name (a document's is its rank)."""
+
+    rank: bytes
+    size: int
+    name: str | bytes
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """All groups of a kind: how many, their bytes, and a function that yields them in the order of their ranks."""
+
+    count: int
+    size: int
+    in_order: Callable[[], Iterator[Group]]
+
+
+def rank(name: str) -> bytes:
+    """The rank of a directory."""
+    return hashlib.sha256(name.encode()).digest()[:RANK_BYTES]
 
 
 def assign(
     sizes: Mapping[str, int], strata: Mapping[str, str], validation_fraction: float, heldout_fraction: float
 ) -> dict[str, str]:
-    """The split of each group; `sizes` are bytes by group, `strata` its kind.
+    """The split of each directory; `sizes` are bytes by directory, `strata` its kind. See `divide`."""
+    kinds = sorted(set(strata.values()))
+    groups = {kind: [name for name in sizes if strata[name] == kind] for kind in kinds}
+    divided = {kind: of_directories({name: sizes[name] for name in names}) for kind, names in groups.items()}
+    chosen = divide(divided, validation_fraction, heldout_fraction)
+    return {name: chosen.get(name, TRAIN) for name in sizes}
 
-    In each stratum groups are taken in the order of their names' hash: into held-out until it has its fraction of the
+
+def of_directories(sizes: Mapping[str, int]) -> Stratum:
+    """A stratum that is held in memory."""
+    ordered = sorted(Group(rank(name), size, name) for name, size in sizes.items())
+    return Stratum(len(ordered), sum(sizes.values()), lambda: iter(ordered))
+
+
+def joined(strata: Sequence[Stratum]) -> Stratum:
+    """Several strata as one."""
+    return Stratum(
+        sum(each.count for each in strata),
+        sum(each.size for each in strata),
+        lambda: heapq.merge(*(each.in_order() for each in strata)),
+    )
+
+
+def divide(
+    strata: Mapping[str, Stratum], validation_fraction: float, heldout_fraction: float
+) -> dict[str | bytes, str]:
+    """The split of each group that is not training text, by name.
+
+    In each stratum groups are taken in the order of their ranks: into held-out until it has its fraction of the
     stratum's bytes, then into validation. A group that would overfill a split by over a quarter is passed over, but a
     split whose fraction is not 0 gets at least one. Strata with too few groups for that join the one that has most;
     `UserError` if there are too few in all.
     """
     wanted = [(HELDOUT, heldout_fraction), (VALIDATION, validation_fraction)]
     wanted = [(split, fraction) for split, fraction in wanted if fraction > 0]
-    if len(sizes) <= len(wanted):
+    counts = Counter({name: stratum.count for name, stratum in strata.items()})
+    if counts.total() <= len(wanted):
         raise UserError(
-            f"corpus: too small: {len(sizes)} group(s) of text (folders, or documents) cannot be divided into "
+            f"corpus: too small: {counts.total()} group(s) of text (folders, or documents) cannot be divided into "
             f"{', '.join([TRAIN, *(split for split, _ in wanted)])}; add text"
         )
-    counts = Counter(strata[group] for group in sizes)
     largest = max(sorted(counts), key=counts.__getitem__)
-    splits: dict[str, str] = {}
-    for stratum in [name for name in sorted(counts) if counts[name] > len(wanted) or name == largest]:
-        few = {name for name in counts if counts[name] <= len(wanted)} if stratum == largest else set()
-        splits |= _divide({group: size for group, size in sizes.items() if strata[group] in {stratum, *few}}, wanted)
-    return splits
+    few = [name for name in sorted(counts) if counts[name] <= len(wanted) and name != largest]
+    chosen: dict[str | bytes, str] = {}
+    for name in sorted(counts):
+        if name not in few:
+            chosen |= _divide(joined([strata[each] for each in (name, *(few if name == largest else ()))]), wanted)
+    return chosen
 
 
-def _divide(sizes: Mapping[str, int], wanted: list[tuple[str, float]]) -> dict[str, str]:
-    total, free = sum(sizes.values()), sorted(sizes, key=_rank)
-    splits = dict.fromkeys(sizes, TRAIN)
+def _divide(stratum: Stratum, wanted: Sequence[tuple[str, float]]) -> dict[str | bytes, str]:
+    splits: dict[str | bytes, str] = {}
     for index, (split, fraction) in enumerate(wanted):
         after = len(wanted) - index  # groups that the later splits and train need at least
-        chosen = set(_fill(free, sizes, total * fraction, len(free) - after))
-        splits.update(dict.fromkeys(chosen, split))
-        free = [group for group in free if group not in chosen]
+        most = stratum.count - len(splits) - after
+        splits |= dict.fromkeys(_fill(stratum, splits, stratum.size * fraction, most), split)
     return splits
 
 
-def _fill(free: list[str], sizes: Mapping[str, int], target: float, most: int) -> list[str]:
-    """At most `most` groups in order until `target` bytes are reached; the smallest one if none fits."""
-    chosen: list[str] = []
-    filled = 0
-    for group in free:
+def _fill(stratum: Stratum, taken: Collection[str | bytes], target: float, most: int) -> list[str | bytes]:
+    """At most `most` free groups in order until `target` bytes are reached; the smallest one if none fits."""
+    assert most > 0, "a stratum has a group for every split"
+    chosen: list[str | bytes] = []
+    filled, smallest = 0, Group(b"", 0, b"")
+    for group in stratum.in_order():
         if filled >= target or len(chosen) == most:
             break
-        if filled + sizes[group] <= 1.25 * target:
-            chosen.append(group)
-            filled += sizes[group]
-    return chosen or [min(free, key=lambda group: (sizes[group], _rank(group)))]
-
-
-def _rank(group: str) -> bytes:
-    return hashlib.sha256(group.encode()).digest()
+        if group.name in taken:
+            continue
+        if filled + group.size <= 1.25 * target:
+            chosen.append(group.name)
+            filled += group.size
+        elif not smallest.rank or group.size < smallest.size:
+            smallest = group
+    return chosen or [smallest.name]

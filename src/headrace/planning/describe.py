@@ -7,7 +7,7 @@ simulator says of a layout is handed in.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace.config.phases import MAIN, layout_of
+from headrace.config.phases import MAIN, layout_of, microbatch_of
 from headrace.config.schema import Config
 from headrace.planning.flops import training_flops
 from headrace.planning.parameters import ParameterCount, count, muon_parameters
@@ -96,7 +96,7 @@ def optimizer_bytes(config: Config, counted: ParameterCount) -> int:
 def layout(config: Config, simulated: Simulated) -> list[tuple[str, str]]:
     """Rows for a layout of several ranks in the phase main, the most of any rank."""
     parallel, dtype = layout_of(config.parallel, MAIN), config.precision.compute
-    rows = parallel.microbatch or config.recipe.batch_sequences // parallel.data
+    rows = microbatch_of(parallel, config.recipe.batch_sequences // parallel.data)
     hidden = rows * config.recipe.sequence_length * config.model.hidden_size * {"bf16": 2, "fp32": 4}[dtype]
     shared = f", experts shared out over {parallel.expert} of these" if parallel.expert > 1 else ""
     return [
@@ -124,7 +124,7 @@ def layout(config: Config, simulated: Simulated) -> list[tuple[str, str]]:
 def phase_layout(config: Config, phase: Phase, least: Simulated, most: Simulated) -> tuple[str, str]:
     """One row for another phase than main: its layout, and how idle its ranks are in its smallest and largest step."""
     parallel = layout_of(config.parallel, phase.name)
-    rows = parallel.microbatch or phase.sequences_most // parallel.data
+    rows = microbatch_of(parallel, phase.sequences_most // parallel.data)
     microbatches = _range(*(f"{part.microbatches}" for part in (least, most)))
     idle = _range(*(f"{100 * part.idle / part.makespan:.1f} %" for part in (least, most)))
     return (

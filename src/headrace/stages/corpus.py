@@ -1,19 +1,31 @@
 """corpus: locked sources to training, validation and held-out documents."""
 
 import sys
+from pathlib import Path
 
 from headrace.corpus.build import build_corpus
+from headrace.stages.corpus_scans import scan_folder, task_items
 from headrace.stages.run import Door, Outcome, Run, main
 
 
 def body(run: Run) -> Outcome:
     """Read, deduplicate, sample and split the sources that the lock names."""
-    facts = build_corpus(run.config.corpus, run.lock, run.output, run.log.info)
+    config, scans = run.config.corpus, scan_folder(run.folder)
+    facts = build_corpus(config, run.lock, run.output, run.log.info, items=task_items(config), scans=scans)
     summary = {"documents": facts["documents"], "bytes": facts["bytes"]}
-    return Outcome(f"{facts['documents']:,} documents, {facts['bytes'] / 1e6:,.1f} MB of text", summary)
+    for rule, count in facts["dropped"].items():
+        run.log.info("dropped: %d %s", count, rule)
+    dropped = sum(facts["dropped"].values())
+    line = f"{facts['documents']:,} documents, {facts['bytes'] / 1e6:,.1f} MB of text, {dropped:,} dropped"
+    return Outcome(line, summary)
 
 
-DOOR = Door("corpus", body)
+def finished_scans(run_folder: Path) -> int:
+    """How far an interrupted stage has got."""
+    return len(list(scan_folder(run_folder).glob("*.parquet")))
+
+
+DOOR = Door("corpus", body, progress=finished_scans)
 
 if __name__ == "__main__":
     sys.exit(main(DOOR))

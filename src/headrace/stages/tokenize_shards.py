@@ -1,84 +1,77 @@
-"""One job of tokenize: some of its shards, in any number of jobs side by side.
+"""One job of tokenize: some of its shards, as the plan has them. See `batches`.
 
-Each batch has a lease, a ledger and a log of its own, each shard is published by a rename and found again by its
-record: a killed job costs at most one shard, and the gathering stage makes whatever is missing.
-
-    python -m headrace.stages.tokenize_shards 00002 experiment=tiny
+python -m headrace.stages.tokenize_shards 00002 experiment=tiny
 """
 
-import sys
-import traceback
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
-from headrace.artifacts import manifest as manifests
-from headrace.artifacts.files import write_atomic
-from headrace.config.compose import load
 from headrace.config.schema import Config
-from headrace.corpus.sources import known_lock
-from headrace.errors import UserError
-from headrace.launch.deadline import Deadline, StopRequested
-from headrace.stages.attempts import Ledger
+from headrace.corpus.lock import Lock
+from headrace.stages.batch_names import per_job
+from headrace.stages.batches import Batches, Job, run
 from headrace.stages.places import Place, places
-from headrace.stages.run import close_log, explain, fail, held, open_log
-from headrace.stages.tokenize import shard_folder
-from headrace.tokens.shards import Unit, make_shard, plan
-
-STAGE = "tokenize"
-
-
-def batch_units(batch: str, units: list[Unit], per_job: int) -> list[Unit]:
-    """The shards of one batch; `UserError` for a batch that does not exist."""
-    count = -(-len(units) // per_job)
-    if not batch.isdigit() or int(batch) >= count:
-        raise UserError(f"batch {batch!r}: give a number from 0 to {count - 1}")
-    return units[int(batch) * per_job : (int(batch) + 1) * per_job]
+from headrace.stages.run import held
+from headrace.stages.token_units import Documents, encoder_of, planned, shard_folder
+from headrace.tokens.plan import Unit
+from headrace.tokens.shards import make_shard, record_of
+from headrace.tracking.progress import Display, progress_on
 
 
-def main(argv: Sequence[str]) -> int:
-    """Make the shards of the batch `argv[0]` under the overrides `argv[1:]`; returns the exit code."""
-    name = f"{STAGE} {argv[0] if argv else ''}".strip()
-    try:
-        if not argv:
-            raise UserError("usage: python -m headrace.stages.tokenize_shards BATCH [key=value ...]")
-        config = load(argv[1:])
-        found = places(config, known_lock(config).hash)
-        units = batch_units(argv[0], plan(config.tokens), config.tokens.shards_per_job)
-        with Deadline(config.launch.minutes).watching():
-            return _attempt(argv[0], found, units, config)
-    except (Exception, KeyboardInterrupt, StopRequested) as error:
-        code, reason = explain(error)
-        return fail(name, reason, code)
+def _units(config: Config, lock: Lock, place: Place) -> Sequence[Unit]:
+    found = places(config, lock.hash)
+    return planned(place.folder, found["corpus"].artifact, found["tokenizer"].artifact, lock, config)
 
 
-def _attempt(batch: str, found: dict[str, Place], units: list[Unit], config: Config) -> int:
-    place = found[STAGE]
-    shards, batches = shard_folder(place.folder), place.folder / "batches"
-    for folder in (shards, batches):
-        folder.mkdir(parents=True, exist_ok=True)
-    with held(place, f"batch-{batch}"):
-        ledger, log = Ledger(batches, batch), open_log(batches / f"{batch}.log", config.tracking.log_level)
-        stuck = ledger.start(sum((shards / f"{unit.name}.json").exists() for unit in units))
-        if stuck:
-            return fail(f"{STAGE} {batch}", stuck, 1)
-        code, reason = 1, "failed"
-        try:
-            corpus, tokenizer = found["corpus"].artifact, found["tokenizer"].artifact
-            manifests.verify(corpus)
-            manifests.verify(tokenizer)
-            for unit in units:
-                made = make_shard(unit, corpus, tokenizer, config.tokens, shards)
-                log.info("%s: %s tokens", unit.name, made["tokens"])
-            write_atomic(batches / f"{batch}.done", "".join(f"{unit.name}\n" for unit in units).encode())
-            code, reason = 0, f"{len(units)} shards"
-        except BaseException as error:
-            code, reason = explain(error)
-            log.error("%s", "".join(traceback.format_exception(error)))
-            raise
-        finally:
-            ledger.end(code, reason)
-            close_log(log)
-    return code
+def make_shards(job: Job, units: Sequence[Unit], quick: bool = False) -> Iterator[str]:
+    """Make these units, telling of it on the terminal; finished ones are verified, or `quick` only found, and left.
 
+    A unit has a lease: a job that outlived the killed Snakemake it belonged to is followed, not disturbed.
+    """
+    out = shard_folder(job.place.folder)
+    out.mkdir(exist_ok=True)
+    documents = Documents(job.inputs["corpus"], job.lock, job.config)
+    encoder = encoder_of(job.inputs["tokenizer"], job.config.tokens)
+    told = _Told(progress_on(name=job.name, unit="tokens"), sum(unit.expected_tokens for unit in units))
+    for unit in units:
+        free = quick and record_of(out, unit).exists()  # nothing will be written, and there may be thousands
+        with nullcontext() if free else held(job.place, f"shard-{unit.name}"):
+            record = make_shard(unit, documents.of(unit), encoder, job.config.tokens, out, told.add, quick)
+        yield f"{unit.name}: {record['documents']} documents, {record['tokens']} tokens, {record['counts']}"
+    told.end()
+
+
+class _Told:
+    """Adds up what was done and shows it."""
+
+    def __init__(self, display: Display, expected_tokens: int) -> None:
+        self._display, self._expected, self._began = display, expected_tokens, time.monotonic()
+        self._documents = self._tokens = 0
+
+    def add(self, documents: int, tokens: int) -> None:
+        self._documents += documents
+        self._tokens += tokens
+        self._show(max(self._expected, self._tokens + 1))  # an estimate never says that it is the end
+
+    def end(self) -> None:
+        self._show(self._tokens)
+        self._display.close()
+
+    def _show(self, total: int) -> None:
+        speed = self._tokens / max(1e-9, time.monotonic() - self._began)
+        self._display.show(self._tokens, total, f"{self._documents:,} documents, {speed:,.0f} tokens/s")
+
+
+BATCHES = Batches(
+    stage="tokenize",
+    program="tokenize_shards",
+    per_job=lambda config: per_job("tokenize_shards", config.launch),
+    units=_units,
+    finished=lambda place, unit: record_of(shard_folder(place.folder), unit).exists(),
+    make=make_shards,
+    unit_name=lambda unit: unit.name,
+)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(BATCHES)

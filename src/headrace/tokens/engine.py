@@ -2,9 +2,9 @@
 
 Text must never become a control token: a web page that quotes the end-of-sentence string would end its document.
 Flags such as "special" do not prevent it, since some control tokens carry none. Both engines therefore load a copy of
-tokenizer.json that has no added tokens; control ids are inserted by us alone. Character classes such as \\p{L} depend
-on the Unicode tables of the engine, so ids depend on its version: both are measured here and recorded with every
-shard.
+tokenizer.json that has no added tokens and no word that spells one; control ids are inserted by us alone. Character
+classes such as \\p{L} depend on the Unicode tables of the engine, so ids depend on its version: both are measured here
+and recorded with every shard.
 """
 
 import importlib.metadata
@@ -26,6 +26,7 @@ Flat = tuple[Ids, NDArray[np.int64]]
 
 # The first letter that a version of Unicode added: an engine knows a version if it takes the letter for one.
 _FIRST_LETTERS = {"13.0": 0x10E80, "14.0": 0x10570, "15.0": 0x11F04, "15.1": 0x2EBF0, "16.0": 0x105C0, "17.0": 0x10940}
+_NO_TEXT = "\ue000control {}"  # U+E000 is none of the characters that stand for bytes
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,22 @@ def pick(name: Name) -> str:
 
 
 def without_added_tokens(tokenizer_json: Path) -> str:
-    """tokenizer.json without added tokens and what inserts them: ordinary ids stay, control ids cannot come up."""
+    """tokenizer.json without added tokens and what inserts them: ordinary ids stay, control ids cannot come up.
+
+    Where the vocabulary, too, has the string of a control token, its id keeps its place under a name that no text is:
+    some models take a whole word from the vocabulary without any merge. A file whose merges make a control token does
+    not load.
+    """
     tree = read_json(tokenizer_json)
-    if not isinstance(tree, dict) or "model" not in tree:
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         raise UserError(f"{tokenizer_json}: not a tokenizer.json of the `tokenizers` library")
-    return json.dumps({**tree, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
+    model, added = tree["model"], {token["content"] for token in tree.get("added_tokens") or ()}
+    if isinstance(model.get("vocab"), dict):
+        control = added - {model.get("unk_token")}  # stands for what has no id, and must have one itself
+        renamed = {(_NO_TEXT.format(id_) if word in control else word): id_ for word, id_ in model["vocab"].items()}
+        model = {**model, "vocab": renamed}
+    without = {"model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return json.dumps({**tree, **without})
 
 
 def _installed(name: str) -> bool:

@@ -8,7 +8,7 @@ V3's.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from tokenizers import Regex, Tokenizer, __version__, decoders, models, pre_tokenizers, trainers
 
 from headrace.artifacts.files import hash_file, read_json, write_atomic, write_json
+from headrace.config.addresses import is_address, repository
 from headrace.config.schema import TokenizerConfig
 from headrace.errors import UserError
 from headrace.tokens.engine import open_engine
@@ -66,14 +67,14 @@ def build_tokenizer(
     """
     target = out / "tokenizer.json"
     if config.source == "train":
-        documents, size, texts = _sample(corpus_folder / "train.parquet", config.sample_bytes)
+        documents, size, texts = _sample(corpus_folder / "sample.parquet", config.sample_bytes)
         write_atomic(target, train(texts, config.vocab_size).to_str(pretty=True).encode())
         special, sample = (
             {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD},
             {"documents": documents, "bytes": size},
         )
     else:
-        path = Path(config.path or "")
+        path = _fetched(config.path) if is_address(config.path) else Path(config.path or "")
         if not path.is_file():
             raise UserError(f"tokenizer.path: {config.path!r} is not a file; give the path of a tokenizer.json")
         special, sample = _special_tokens_beside(path), None
@@ -95,13 +96,41 @@ def build_tokenizer(
     return report
 
 
+def _fetched(address: str) -> Path:
+    """The tokenizer.json of a Hub repository, in the Hub's cache on this machine, its tokenizer_config.json beside it.
+
+    Raises `UserError` where it is not there or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repo, revision = repository(address)
+    try:
+        files = ["tokenizer.json", "tokenizer_config.json"]
+        folder = snapshot_download(repo, revision=revision, allow_patterns=files)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise UserError(f"tokenizer.path={address}: {said}; check name and network, or give a local file") from None
+    return Path(folder) / "tokenizer.json"
+
+
 def special_id(folder: Path, role: str) -> int:
     """The id of `bos_token`, `eos_token` or `pad_token` of a tokenizer folder."""
-    token = read_json(folder / "tokenizer_config.json").get(role)
+    token = _content(read_json(folder / "tokenizer_config.json").get(role))
     ids = _ids(folder / "tokenizer.json")
     if token not in ids:
         raise UserError(f"{folder / 'tokenizer_config.json'}: {role} {token!r} is not in tokenizer.json")
     return ids[token]
+
+
+def control_ids(folder: Path, tokens: Sequence[str], setting: str) -> list[int]:
+    """The ids of control tokens of a tokenizer folder; `setting`, for the message, is what needs them."""
+    tree = read_json(folder / "tokenizer.json")
+    ids = {added["content"]: added["id"] for added in tree.get("added_tokens") or ()}
+    missing = [token for token in tokens if token not in ids]
+    if missing:
+        raise UserError(f"{setting}: {folder / 'tokenizer.json'} has no control token {missing[0]!r}; set it to 0")
+    return [ids[token] for token in tokens]
 
 
 def vocab_size(folder: Path) -> int:
@@ -123,12 +152,17 @@ def _special_tokens_beside(path: Path) -> dict[str, str]:
     settings = read_json(beside) if beside.exists() else {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     special = {}
     for role in ("bos_token", "eos_token", "pad_token"):
-        token = settings.get(role)
-        content = token.get("content") if isinstance(token, dict) else token
+        content = _content(settings.get(role))
         if content:
-            special[role] = str(content)
+            special[role] = content
     special.setdefault("pad_token", special.get("eos_token", EOS))  # padding is masked, any control token serves
     return special
+
+
+def _content(token: Any) -> str | None:
+    """A token of tokenizer_config.json, which some write with its flags."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return str(content) if content else None
 
 
 def _check(ids: dict[str, int], special: dict[str, str], config: TokenizerConfig) -> None:
@@ -179,10 +213,10 @@ def _sample(path: Path, sample_bytes: int) -> tuple[int, int, Iterator[str]]:
 
 
 def _bytes_per_token(tokenizer_json: Path, corpus_folder: Path) -> float:
-    """Bytes of text per token on the first validation documents (training documents where there are none)."""
-    for split in ("validation", "train"):
+    """Bytes of text per token on the first validation documents (on the sample where there are none)."""
+    for name in ("validation", "sample"):
         texts, total = [], 0
-        for batch in pq.ParquetFile(corpus_folder / f"{split}.parquet").iter_batches(64, columns=["text"]):
+        for batch in pq.ParquetFile(corpus_folder / f"{name}.parquet").iter_batches(64, columns=["text"]):
             texts += batch["text"].to_pylist()
             total = sum(len(text.encode()) for text in texts)
             if total >= _MEASURED_BYTES:

@@ -1,0 +1,233 @@
+"""Read one piece of the corpus and write down what `select` must know of each document: never the text itself.
+
+A scan is a small Parquet file, one row a document in reading order: digest, bytes, group, kind, root, and the rule that
+drops it already here (length, quality, a repetition within the piece), if any. It is a function of piece and settings,
+so scans are made in any order, by any number of workers; one that is there with the same inputs is not made again. It
+is published in one rename: a killed scan leaves nothing but perhaps a temporary file, which `select` sweeps away.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headrace.artifacts.files import write_atomic
+from headrace.config.schema import CorpusConfig
+from headrace.corpus.contamination import Items
+from headrace.corpus.listing import Found, holds_many, named_sources
+from headrace.corpus.lock import Lock, LockedFile, content_hash
+from headrace.corpus.near_duplicates import SIGNATURE_BYTES, open_signer
+from headrace.corpus.pieces import Piece
+from headrace.corpus.quality import open_filters
+from headrace.corpus.readers import Damaged, Document, read_documents, too_long
+from headrace.corpus.remote import is_remote, look_up
+from headrace.errors import UserError
+
+VERSION = 2  # raised when a scan's meaning changes
+DIGEST_BYTES = 16
+SCHEMA = pa.schema(
+    [
+        ("digest", pa.binary(DIGEST_BYTES)),  # the first bytes of the text's sha256
+        ("bytes", pa.int64()),  # of UTF-8
+        ("group", pa.dictionary(pa.int32(), pa.string())),  # null: the document is a group of its own
+        ("kind", pa.dictionary(pa.int32(), pa.string())),
+        ("root", pa.dictionary(pa.int32(), pa.string())),
+        ("rule", pa.dictionary(pa.int32(), pa.string())),  # what drops it; null: nothing so far
+        ("contaminated", pa.bool_()),  # contains an evaluation item
+        ("signature", pa.binary(SIGNATURE_BYTES)),  # MinHash; null where near duplicates are not sought
+    ]
+)
+_EXAMPLES = 5
+_HOPELESS = 10_000  # so many such documents and not one good one before them: not damage but a wrong setting
+_WRONG_SETTING = ("no field", "not valid JSON", "not a JSON object", "text is not a string")
+_ROWS = 1 << 17  # rows kept as Python objects at once
+_SEARCHED_BYTES = 4_000_000
+
+
+@dataclass
+class Summary:
+    """What a scan says beside its rows: damaged documents by rule, with examples; items found: (documents, share)."""
+
+    source: str
+    inputs: str
+    damaged: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    items: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+
+class Scanner:
+    """Scans pieces; opened once per worker, because filters, signer and items take a moment to open."""
+
+    def __init__(self, config: CorpusConfig, lock: Lock, items: Items | None = None) -> None:
+        self._config, self._lock, self._items = config, lock, items
+        self._fields = {source.name: source.text_field for source in named_sources(config)}
+        self._dropped_by = open_filters(config.quality_filters) if config.quality_filters else None
+        self._sign = open_signer(config.near_duplicates) if config.near_duplicates else None
+
+    def scan(self, piece: Piece, folder: Path) -> Path:
+        """Write the scan of a piece into `folder` unless it is there; returns its path.
+
+        Raises `UserError` that names the file for a source that is not as locked or cannot be read, and for a piece
+        that begins with thousands of documents without the text field.
+        """
+        path, inputs = folder / f"{piece.name}.parquet", self.inputs(piece)
+        if _made_from(path) == inputs:
+            return path
+        for file in self._lock.files[piece.first : piece.last]:
+            verify(file, piece)
+        summary = Summary(piece.source, inputs)
+        buffer = pa.BufferOutputStream()
+        writer = pq.ParquetWriter(buffer, SCHEMA, compression="zstd", use_dictionary=["group", "kind", "root", "rule"])
+        for rows in self._batches(piece, summary):
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+        writer.add_key_value_metadata({"headrace": json.dumps(asdict(summary), sort_keys=True)})
+        writer.close()
+        write_atomic(path, buffer.getvalue().to_pybytes())
+        return path
+
+    def inputs(self, piece: Piece) -> str:
+        """A hash of all that the scan of a piece depends on."""
+        config, items = self._config, self._items.hash if self._items else None
+        near = config.near_duplicates.shingle_words if config.near_duplicates else None
+        settings = [config.min_document_bytes, config.max_document_bytes, list(config.quality_filters), near, items]
+        files = [list(file) for file in self._lock.files[piece.first : piece.last]]
+        known = [VERSION, settings, self._fields[piece.source], files, piece.begin, piece.end]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def _batches(self, piece: Piece, summary: Summary) -> Iterator[list[dict[str, Any]]]:
+        """Rows, many at a time; fills in `summary`."""
+        seen: set[bytes] = set()
+        rows: list[dict[str, Any]] = []
+        texts: list[str] = []
+        size = 0
+        for found, document in self._documents(piece, summary):
+            row = self._row(found, document, seen)
+            rows.append(row)
+            texts.append("" if row["rule"] else document.text)
+            size += row["bytes"]
+            if len(rows) >= _ROWS or size >= _SEARCHED_BYTES:
+                yield self._searched(rows, texts, summary)
+                rows, texts, size = [], [], 0
+        yield self._searched(rows, texts, summary)
+
+    def _documents(self, piece: Piece, summary: Summary) -> Iterator[tuple[Found, Document]]:
+        """Good documents; damaged ones are counted."""
+        good, damaged = 0, Counter[str]()
+        field_, most = self._fields[piece.source], self._config.max_document_bytes
+        for found, document in read_piece(self._lock, piece, field_, most):
+            if isinstance(document, Document):
+                good += 1
+                yield found, document
+                continue
+            damaged[document.rule] += 1
+            if len(summary.examples) < _EXAMPLES:
+                summary.examples.append(str(document))
+            if not good:
+                self._refuse_hopeless(document, damaged)
+        summary.damaged = dict(sorted(damaged.items()))
+
+    def _refuse_hopeless(self, last: Damaged, damaged: Counter[str]) -> None:
+        """Stop early where a setting is wrong; how much damage there may be is decided when everything is scanned."""
+        count = sum(documents for rule, documents in damaged.items() if rule.startswith(_WRONG_SETTING))
+        if count >= _HOPELESS and self._config.max_damaged_fraction < 1:
+            raise UserError(
+                f"{last}: none of the first {damaged.total():,} documents can be read; check corpus.text_field"
+            )
+
+    def _row(self, found: Found, document: Document, seen: set[bytes]) -> dict[str, Any]:
+        data = document.text.encode()
+        size = document.unread or len(data)
+        digest = hashlib.sha256(data).digest()[:DIGEST_BYTES]
+        rule = self._rule(document, size) or ("exact duplicate" if digest in seen else None)
+        if rule is None:
+            seen.add(digest)
+        return {
+            "digest": digest,
+            "bytes": size,
+            "group": None if holds_many(found.name) else found.group,
+            "kind": document.kind,
+            "root": found.root,
+            "rule": rule,
+            "contaminated": False,
+            "signature": self._sign(document.text) if self._sign and rule is None else None,
+        }
+
+    def _rule(self, document: Document, size: int) -> str | None:
+        if size < self._config.min_document_bytes or size == 0:
+            return "shorter than min_document_bytes"
+        if size > self._config.max_document_bytes:
+            return "longer than max_document_bytes"
+        name = self._dropped_by(document.text) if self._dropped_by else None
+        return name and f"quality: {name}"
+
+    def _searched(self, rows: list[dict[str, Any]], texts: Sequence[str], summary: Summary) -> list[dict[str, Any]]:
+        """The rows, those that contain evaluation items marked."""
+        for match in self._items.search(texts) if self._items else ():
+            rows[match.document]["contaminated"] = True
+            documents, share = summary.items.get(match.item, (0, 0.0))
+            summary.items[match.item] = (documents + 1, max(share, match.share))
+        return rows
+
+
+def read_piece(
+    lock: Lock, piece: Piece, text_field: str, max_document_bytes: int
+) -> Iterator[tuple[Found, Document | Damaged]]:
+    """What a piece holds, in reading order, with the file that holds it; a plain file that is too long is not read."""
+    for file in lock.files[piece.first : piece.last]:
+        found = file.found
+        unread = too_long(found, file.size, max_document_bytes)
+        for document in [unread] if unread else read_documents(found, text_field, piece.groups):
+            yield found, document
+
+
+def verify(file: LockedFile, piece: Piece) -> None:
+    """Compare a file with the lock; raises `UserError` that names it.
+
+    A local file's bytes are hashed by the piece that holds its beginning; the other pieces of a large Parquet file
+    compare its size. A store's file is compared by the identity that the store gives.
+    """
+    found = file.found
+    if is_remote(found.path):
+        now = look_up(found.path)
+        same = now.size == file.size and (now.identity or _fetched_hash(found, file, piece)) == file.hash
+    elif not Path(found.path).is_file():
+        raise UserError(f"{file.name}: indexed but no longer there; run `headrace index` to go on without")
+    elif piece.begin:
+        same = Path(found.path).stat().st_size == file.size
+    else:
+        same = content_hash(found) == file.hash
+    if not same:
+        raise UserError(f"{file.name} changed since it was indexed; run `headrace index` to accept the new text")
+
+
+def _fetched_hash(found: Found, file: LockedFile, piece: Piece) -> str:
+    return file.hash if piece.begin else content_hash(found)
+
+
+def read_summary(path: Path) -> Summary:
+    """What a scan says beside its rows."""
+    return Summary(**json.loads(pq.read_metadata(path).metadata[b"headrace"]))
+
+
+def _made_from(path: Path) -> str | None:
+    """The inputs of the scan at `path`; None where there is none, or a damaged one."""
+    try:
+        return read_summary(path).inputs
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+
+
+def scan_all(scanner: Scanner, pieces: Sequence[Piece], folder: Path, log: Callable[[str], None]) -> list[Path]:
+    """Scan all pieces in this process; returns their scans in order."""
+    paths = []
+    for piece in pieces:
+        paths.append(scanner.scan(piece, folder))
+        if (piece.number + 1) % 100 == 0:
+            log(f"corpus: {piece.number + 1:,} of {len(pieces):,} pieces read")
+    return paths

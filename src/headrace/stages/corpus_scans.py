@@ -1,0 +1,55 @@
+"""One job of corpus: scan some pieces of the sources. See `batches`.
+
+python -m headrace.stages.corpus_scans 00002 corpus=files corpus.paths=[web/*.parquet]
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from headrace.config.schema import Config, CorpusConfig
+from headrace.corpus.contamination import Item, Items
+from headrace.corpus.lock import Lock
+from headrace.corpus.pieces import Piece, pieces
+from headrace.corpus.scan import Scanner
+from headrace.stages.batches import Batches, Job, run
+from headrace.stages.places import Place
+
+
+def scan_folder(run_folder: Path) -> Path:
+    """Where scans lie."""
+    return run_folder / "scans"
+
+
+def task_items(config: CorpusConfig) -> list[Item]:
+    """The evaluation items that training text must not contain."""
+    from headrace.evaluation.items import texts_of  # only where it is wanted
+
+    return [Item(id_, text) for task in config.contamination_tasks for id_, text in texts_of(task)]
+
+
+def _make(job: Job, units: Sequence[Piece]) -> Iterator[str]:
+    config, folder = job.config.corpus, scan_folder(job.place.folder)
+    folder.mkdir(exist_ok=True)
+    items = task_items(config)
+    scanner = Scanner(config, job.lock, Items(items) if items else None)
+    for piece in units:
+        scanner.scan(piece, folder)
+        yield f"piece {piece.name} of {piece.source} scanned"
+
+
+def _all_pieces(config: Config, lock: Lock, place: Place) -> Sequence[Piece]:
+    return pieces(lock)
+
+
+BATCHES = Batches(
+    stage="corpus",
+    program="corpus_scans",
+    per_job=lambda config: config.launch.pieces_per_job,
+    units=_all_pieces,
+    finished=lambda place, piece: (scan_folder(place.folder) / f"{piece.name}.parquet").exists(),
+    make=_make,
+    unit_name=lambda piece: piece.name,
+)
+
+if __name__ == "__main__":
+    run(BATCHES)
