@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
+from headrace.checkpoint.reader import checkpoint_folder, tensors_of
 from headrace.config.compose import load
 from headrace.config.recipe import RopeScaling
 from headrace.config.schema import ModelConfig
@@ -129,6 +130,12 @@ def sliced(folder: Path, **kinds: Mapping[str, Tensor]) -> Path:
     """A checkpoint with the tensors of each kind as three ranks write it, cut where no tensor has a boundary."""
     pieces = [{kind: [_third(p, rank) for p in pieces_of(t.items())] for kind, t in kinds.items()} for rank in range(3)]
     return save(folder, 7, *pieces)
+
+
+def checkpoint_tensors(checkpoints: Path) -> dict[str, Tensor]:
+    """The weights of the one checkpoint that an import has written."""
+    with tensors_of(checkpoint_folder(checkpoints, 0)) as source:
+        return {name: source.get(name) for name in source.keys()}  # noqa: SIM118  no mapping
 
 
 def part_of(checkpoint: Path, folder: Path, *kinds: str) -> Path:

@@ -164,7 +164,7 @@ ATTACKS = [
 def test_a_wrong_fp8_folder_is_refused_by_name_and_nothing_is_written(attack, hub, tmp_path):
     message = attack(hub)
     with pytest.raises(UserError, match=message) as caught:
-        import_(hub, tmp_path / "back.safetensors")
+        import_(hub, tmp_path / "back", {})
     assert "\n" not in str(caught.value)
     assert [path for path in tmp_path.iterdir() if path != hub] == []
 

@@ -17,6 +17,7 @@ from conversion_models import (
     LIKE_V3,
     VARIANTS,
     checkpoint_of,
+    checkpoint_tensors,
     our_network,
     reference_model,
     tiny_model,
@@ -55,9 +56,9 @@ def test_there_and_back(variant, dtype, tmp_path, tokenizer):
     config = tiny_model(**VARIANTS[variant])
     tensors = checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
     export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", dtype, 400_000)
-    back = import_(tmp_path / "hub", tmp_path / "back.safetensors")
+    back = import_(tmp_path / "hub", tmp_path / "back", {})
     assert back == replace(config, initializer_range=standard_deviation(config))
-    got = load_file(tmp_path / "back.safetensors")
+    got = checkpoint_tensors(tmp_path / "back")
     assert got.keys() == tensors.keys()
     for name, tensor in tensors.items():
         rounds = dtype == "bf16" and not name.endswith("e_score_correction_bias")
@@ -82,8 +83,8 @@ def test_fp8_there_back_and_there_again(changes, unaligned, tmp_path, tokenizer)
     config = tiny_model(**changes)
     checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
     export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp8", 400_000, unaligned)
-    import_(tmp_path / "hub", tmp_path / "back.safetensors")
-    got, stored = load_file(tmp_path / "back.safetensors"), {}
+    import_(tmp_path / "hub", tmp_path / "back", {})
+    got, stored = checkpoint_tensors(tmp_path / "back"), {}
     for file in (tmp_path / "hub").glob("*.safetensors"):
         stored |= load_file(file)
     for name, tensor in stored.items():
@@ -93,7 +94,20 @@ def test_fp8_there_back_and_there_again(changes, unaligned, tmp_path, tokenizer)
             assert torch.equal(mine, dequantised_by_ml_dtypes(tensor, stored[f"{name}_scale_inv"])), name
         elif name in got:
             assert torch.equal(got[name], tensor.float()), name
-    export(tmp_path / "back.safetensors", config, tokenizer, tmp_path / "again", "fp8", 400_000, unaligned)
+    export(tmp_path / "back" / "step-00000000", config, tokenizer, tmp_path / "again", "fp8", 400_000, unaligned)
+    for file in (tmp_path / "hub").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_there_back_and_there_again(variant, tmp_path, tokenizer):
+    """The second folder is the first byte for byte."""
+    config = tiny_model(**VARIANTS[variant])
+    checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
+    export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "bf16", 100_000)
+    import_(tmp_path / "hub", tmp_path / "back", {})
+    export(tmp_path / "back" / "step-00000000", config, tokenizer, tmp_path / "again", "bf16", 100_000)
+    assert len(list((tmp_path / "hub").glob("*.safetensors"))) > 3
     for file in (tmp_path / "hub").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
@@ -103,8 +117,8 @@ def test_training_goes_on_from_an_fp8_folder(tmp_path, tokenizer):
     network = our_network(config)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp8", 1 << 30)
-    import_(tmp_path / "hub", tmp_path / "back.safetensors")
-    network.load_state_dict(load_file(tmp_path / "back.safetensors"))
+    import_(tmp_path / "hub", tmp_path / "back", {})
+    network.load_state_dict(checkpoint_tensors(tmp_path / "back"))
     rows = torch.randint(0, config.vocab_size, (4, 34), generator=torch.Generator().manual_seed(3))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
     losses = []
@@ -117,13 +131,32 @@ def test_training_goes_on_from_an_fp8_folder(tmp_path, tokenizer):
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_a_bf16_folder_saved_by_transformers_comes_back_bit_by_bit(tmp_path, tokenizer):
+    """transformers' own names, files and rounding; ours in between."""
+    config = tiny_model(num_nextn_predict_layers=0)
+    source = reference_model(config).bfloat16()
+    for name, buffer in source.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.data.float()
+    source.save_pretrained(tmp_path / "hub", max_shard_size="200KB")
+    config = import_(tmp_path / "hub", tmp_path / "back", {})
+    export(tmp_path / "back" / "step-00000000", config, tokenizer, tmp_path / "again", "bf16", 100_000)
+    theirs, ours = ({}, {})
+    for folder, tensors in (("hub", theirs), ("again", ours)):
+        for file in (tmp_path / folder).glob("*.safetensors"):
+            tensors |= load_file(file)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert tensor.dtype == ours[name].dtype and torch.equal(tensor, ours[name]), name
+
+
 def test_a_folder_saved_by_transformers_is_read(tmp_path):
     config = tiny_model(num_nextn_predict_layers=0, rope_scaling=VARIANTS["yarn"]["rope_scaling"])
     source = reference_model(config)
     source.save_pretrained(tmp_path / "hub")
     tensors = checkpoint_of(source, config, tmp_path / "model.safetensors")
-    assert import_(tmp_path / "hub", tmp_path / "back.safetensors") == replace(config, initializer_range=0.02)
-    got = load_file(tmp_path / "back.safetensors")
+    assert import_(tmp_path / "hub", tmp_path / "back", {}) == replace(config, initializer_range=0.02)
+    got = checkpoint_tensors(tmp_path / "back")
     assert got.keys() == tensors.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
 
@@ -222,7 +255,7 @@ def climbing_name(hub):
 
 
 def code(hub):
-    (hub / "modeling_deepseek.py").write_text("print('run')")
+    (hub / "modeling_other.py").write_text("print('run')")
     return "could hold code"
 
 
@@ -260,6 +293,6 @@ ATTACKS = [
 def test_a_wrong_folder_is_refused_by_name_and_nothing_is_written(attack, hub, tmp_path):
     message = attack(hub)
     with pytest.raises(UserError, match=message) as caught:
-        import_(hub, tmp_path / "back.safetensors")
+        import_(hub, tmp_path / "back", {})
     assert "\n" not in str(caught.value)
     assert [path for path in tmp_path.iterdir() if path != hub] == []

@@ -1,9 +1,10 @@
-"""Proof that an exported folder holds the checkpoint's numbers: every element of every tensor, bit by bit.
+"""Proof that a converted folder holds the numbers of what it was made from: every element of every tensor, bit by bit.
 
 This is a second reading, not a replay of the first: it opens the files with safetensors directly and the checkpoint's
 slices by itself (`original.py`), takes tensor names from what is in the folder, and rounds to BF16 and FP8 with integer
-arithmetic of its own (`fp8_blocks.py`). So a fault in `names.py`, `fp8_layout.py`, `export.py`, `streaming.py`,
-`headrace.fp8` or `headrace.checkpoint` cannot hide itself here. It costs one reading of both.
+arithmetic of its own (`fp8_blocks.py`). So a fault in `names.py`, `fp8_layout.py`, `export.py`, `hub_folder.py`,
+`shards.py`, `streaming.py`, `headrace.fp8` or `headrace.checkpoint` cannot hide itself here. It costs one reading of
+both; memory is one tensor in FP32 beside the mapped file.
 `expected_values` is the same knowledge for whoever runs the model.
 """
 
@@ -28,6 +29,7 @@ from headrace.model.initialisation import standard_deviation
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj\.weight)")
+_CHUNK = 1 << 22  # elements
 _BIAS, _SCALES = "e_score_correction_bias", "_scale_inv"
 _PROJECTION = re.compile(
     r".+\.(?:self_attn|mlp|mlp\.shared_experts|mlp\.experts(?:\.\d+)?)\.[a-z_]+_proj(?:_with_mqa)?\.weight"
@@ -58,7 +60,7 @@ class _Format:
 def verify_export(hub_folder: Path, checkpoint: Path, config: ModelConfig, kind: str = "model") -> int:
     """Compare `hub_folder` with the checkpoint it was made from; returns the number of elements compared.
 
-    checkpoint: a folder with slices, of which `kind` was exported, or a safetensors file.
+    checkpoint: a folder with slices, of which `kind` was exported, a safetensors file, or another Hub folder.
     Raises `UserError` naming the first tensor, file or key that is missing, left over or different.
     """
     promised = _checked_format(hub_folder, config)
@@ -209,38 +211,36 @@ def _scales(file: Path, name: str, shard: Any, names: list[str]) -> Tensor:
 
 
 def _compare(file: Path, name: str, found: Tensor, original: Tensor) -> None:
-    wanted = original.numpy().view(np.uint32)
-    if found.dtype == torch.bfloat16:
-        wanted = _round_to_bfloat16(wanted)
-    got = found.view(torch.uint16 if found.dtype == torch.bfloat16 else torch.uint32).numpy()
-    _refuse_difference(file, name, got, wanted, found, original)
+    rounded = found.dtype == torch.bfloat16
+    got, numbers, different = found.flatten(), original.flatten(), []
+    for at in range(0, got.numel(), _CHUNK):
+        wanted = numbers[at : at + _CHUNK].numpy().view(np.uint32)
+        bits = got[at : at + _CHUNK].view(torch.uint16 if rounded else torch.uint32).numpy()
+        different.append(np.flatnonzero(bits != (_round_to_bfloat16(wanted) if rounded else wanted)) + at)
+    _refuse_difference(file, name, np.concatenate(different), found, original)
 
 
 def _compare_fp8(file: Path, name: str, found: Tensor, scales: Tensor, original: Tensor) -> None:
-    got = found.view(torch.uint8).numpy()
-    wanted, wanted_scales = fp8_blocks.quantise(original.numpy())
+    codes, wanted_scales = fp8_blocks.quantise(original.numpy())
     if scales.shape != wanted_scales.shape:
         shape = list(wanted_scales.shape)
         raise UserError(
             f"{file}: tensor {name + _SCALES} has shape {list(scales.shape)}, it needs {shape}; export again"
         )
-    got_scales = scales.numpy().view(np.uint32)
-    _refuse_difference(
-        file, name + _SCALES, got_scales, wanted_scales.view(np.uint32), scales, torch.from_numpy(wanted_scales)
-    )
-    _refuse_difference(file, name, got, wanted, found.float(), torch.from_numpy(fp8_blocks.decode(wanted)))
+    different = np.flatnonzero(scales.numpy().view(np.uint32) != wanted_scales.view(np.uint32))
+    _refuse_difference(file, name + _SCALES, different, scales, torch.from_numpy(wanted_scales))
+    different = np.flatnonzero(found.view(torch.uint8).numpy() != codes)
+    _refuse_difference(file, name, different, found, torch.from_numpy(codes).view(torch.float8_e4m3fn))
 
 
-def _refuse_difference(
-    file: Path, name: str, got: NDArray[Any], wanted: NDArray[Any], found: Tensor, original: Tensor
-) -> None:
-    """Compare bit patterns; `found` and `original` are the same as numbers, for the message."""
-    different = np.flatnonzero(got.ravel() != wanted.ravel())
+def _refuse_difference(file: Path, name: str, different: NDArray[Any], found: Tensor, original: Tensor) -> None:
+    """different: flat indices of elements that are not as they must be."""
     if different.size:
         at = int(different[0])
+        got, wanted = (tensor.flatten()[at].float().item() for tensor in (found, original))
         raise UserError(
-            f"{file}: tensor {name} differs from the checkpoint in {different.size} of {got.size} elements, first at "
-            f"flat index {at} ({found.flatten()[at].item():.9g} for {original.flatten()[at].item():.9g}); export again"
+            f"{file}: tensor {name} differs from the checkpoint in {different.size} of {found.numel()} elements, "
+            f"first at flat index {at} ({got:.9g} for {wanted:.9g}); export again"
         )
 
 

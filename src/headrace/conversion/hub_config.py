@@ -9,10 +9,12 @@ and a second spelling could only disagree. No `auto_map`: the folder holds no co
 Reading: every key must be known. Keys that decide the network become a `ModelConfig`, keys with one possible value must
 have it, derived keys must agree, and the rest says nothing about the network: token ids, dtype, `quantization_config`,
 of which only DeepSeek-V3's kind can be read. `auto_map`, `trust_remote_code` and private keys are therefore refused
-before anything is loaded (CVE-2026-4372, CVE-2026-5241).
+before anything is loaded (CVE-2026-4372, CVE-2026-5241). One `auto_map` is passed over where `released` says so: the
+one in every release of this family, which names code that nobody needs for this architecture any more.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +34,7 @@ Dtype = Literal["fp8", "bf16", "fp32"]
 
 CONFIG = "config.json"
 QUANTIZATION = "quantization_config"
+AUTO_MAP = "auto_map"
 MAX_JSON_BYTES = 1 << 20
 DTYPE_NAMES: dict[Dtype, str] = {"fp8": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -52,6 +55,11 @@ _FIXED: dict[str, Any] = {
     "topk_method": "noaux_tc",
 }
 _READ_ONLY_FIXED = {"output_router_logits": False}  # transformers writes it; we have no reason to
+_RELEASED_CODE = {
+    "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+    "AutoModel": "modeling_deepseek.DeepseekV3Model",
+    "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+}
 _WITHOUT_MEANING = {
     "aux_loss_alpha",
     "bos_token_id",
@@ -89,15 +97,28 @@ def write_hub_config(
     }
 
 
-def read_hub_config(folder: Path) -> ModelConfig:
-    """The network that `folder/config.json` describes; every doubtful key is a `UserError` that names it."""
+def converted_config(folder: Path, dtype: Dtype, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """`folder/config.json`, already checked, for the same network in another format."""
+    left_out = {AUTO_MAP, QUANTIZATION}
+    kept = {key: value for key, value in read_json(folder / CONFIG).items() if key not in left_out}
+    formats = {"dtype": DTYPE_NAMES[dtype], "torch_dtype": DTYPE_NAMES[dtype]}
+    return {**kept, **formats, **({QUANTIZATION: quantization} if quantization else {})}
+
+
+def read_hub_config(folder: Path, released: bool = False) -> ModelConfig:
+    """The network that `folder/config.json` describes; every doubtful key is a `UserError` that names it.
+
+    released: the `auto_map` of DeepSeek's releases may be there; it is passed over.
+    """
     path = folder / CONFIG
     if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
         raise UserError(f"{path}: larger than {MAX_JSON_BYTES} bytes; this is no configuration")
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: not a JSON object; is this the folder of a model?")
-    _refuse_unknown(path, raw)
+    if released and raw.get(AUTO_MAP) == _RELEASED_CODE:
+        del raw[AUTO_MAP]
+    refuse_unknown_keys(path, raw)
     _check_fixed(path, raw)
     if QUANTIZATION in raw:
         check_quantization_config(path, raw[QUANTIZATION])
@@ -132,7 +153,8 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
 
 
-def _refuse_unknown(path: Path, raw: dict[str, Any]) -> None:
+def refuse_unknown_keys(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raise `UserError` for the first key of a config.json that is not one of this family's."""
     known = {*_COPIED, *_FIXED, *_READ_ONLY_FIXED, *_WITHOUT_MEANING, *_ROPE_KEYS, "rope_parameters"}
     known |= {"num_key_value_heads", "qk_head_dim", "head_dim", QUANTIZATION}
     for key in raw:

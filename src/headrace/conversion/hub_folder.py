@@ -3,26 +3,29 @@
 `config.json` passes a closed list of keys; the index and the headers of the files must agree tensor by tensor; every
 tensor must be one that the configuration needs, of its shape. In an FP8 folder a weight in E4M3 must be a projection
 and have its scales, and scales must belong to such a weight; whether a projection is FP8 or BF16 is said by its dtype.
-`values` then gives each tensor in FP32, FP8 as code * scale, one at a time.
+`read` then gives a tensor as it is stored, FP8 as code * scale in FP32.
+
+The code that DeepSeek's own releases carry is refused too, unless `released` asks for one of them: then those two files
+and the key that names them are passed over, never read.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
+import safetensors
 import torch
 from torch import Tensor
 
 from headrace.artifacts.files import read_json
-from headrace.artifacts.tensors import TensorFile, TensorInfo, open_tensors, read_header
+from headrace.artifacts.tensors import TensorInfo, open_tensors
 from headrace.config.schema import ModelConfig
-from headrace.conversion.export import INDEX
 from headrace.conversion.fp8_layout import SCALE_SUFFIX, is_projection, scales_shape
 from headrace.conversion.hub_config import CONFIG, QUANTIZATION, is_quantised, read_hub_config
 from headrace.conversion.names import HubTensor, Shape, check_tensors, hub_tensors, keeps_fp32
+from headrace.conversion.shards import INDEX, is_finite
 from headrace.errors import UserError
 from headrace.fp8.quantise import SQUARE_TILE, Quantised
 
@@ -30,6 +33,7 @@ _SINGLE = "model.safetensors"
 _SHARD = re.compile(r"[A-Za-z0-9_-]+\.safetensors")
 _MAX_INDEX_BYTES = 64 << 20
 _CODE = {".py", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt"}
+_RELEASED = {"configuration_deepseek.py", "modeling_deepseek.py"}
 _FP8 = "F8_E4M3"
 
 
@@ -44,35 +48,42 @@ class HubFolder:
     tensors: list[HubTensor]
 
     def values(self) -> Iterator[tuple[HubTensor, Tensor]]:
-        """Every tensor but the MTP module's copies, as FP32; memory is one tensor. Each file is opened once.
+        """Every tensor but the MTP module's copies, as FP32; memory is one tensor. Raises what `read` raises."""
+        for tensor in self.tensors:
+            if not tensor.copy:
+                yield tensor, self.read(tensor).to(torch.float32)
+
+    def read(self, tensor: HubTensor) -> Tensor:
+        """A tensor in BF16 or FP32, as it is stored, or FP32 where it is FP8.
 
         Raises `UserError` for scales and FP8 weights that are not finite.
         """
-        originals = [tensor for tensor in self.tensors if not tensor.copy]
-        for name, group in groupby(sorted(originals, key=self._file), key=self._file):
-            with open_tensors(self.path / name) as file:
-                for tensor in group:
-                    yield tensor, self._value(tensor.name, file)
-
-    def _file(self, tensor: HubTensor) -> str:
-        return self.file_of[tensor.name]
-
-    def _value(self, name: str, file: TensorFile) -> Tensor:
-        stored = file.get(name)
+        name = tensor.name
+        stored = self._get(name)
         if stored.dtype != torch.float8_e4m3fn:
-            return stored.to(torch.float32)
-        there = self.file_of[name + SCALE_SUFFIX] == file.path.name
-        scales = file.get(name + SCALE_SUFFIX) if there else self._get(name + SCALE_SUFFIX)
-        if not torch.isfinite(scales).all() or (scales < 0).any():
+            return stored
+        scales = self._get(name + SCALE_SUFFIX)
+        if not is_finite(scales) or (scales < 0).any():
             raise UserError(f"{self.path}: tensor {name + SCALE_SUFFIX} holds scales that are not finite or negative")
         values = Quantised(stored, scales, SQUARE_TILE).dequantise()
-        if not torch.isfinite(values).all():
+        if not is_finite(values):
             raise UserError(f"{self.path}: tensor {name} is not finite; it is damaged, or its training diverged")
         return values
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether any weight is FP8."""
+        return any(info.dtype == _FP8 for info in self.infos.values())
+
     def _get(self, name: str) -> Tensor:
-        with open_tensors(self.path / self.file_of[name]) as file:
-            return file.get(name)
+        # Opened anew: a file that stays mapped keeps in memory whatever was read of it.
+        path = self.path / self.file_of[name]
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path}: changed while it was read ({error}); run it again") from None
+        return tensor
 
     def check_copies(self) -> None:
         """Refuse copies of the MTP module that differ from what they repeat."""
@@ -85,14 +96,15 @@ class HubFolder:
                     )
 
 
-def open_hub_folder(path: Path) -> HubFolder:
+def open_hub_folder(path: Path, released: bool = False) -> HubFolder:
     """Check everything about a folder but the values of its tensors.
 
+    released: it may be as DeepSeek released it, with code, which is passed over.
     Raises `UserError` for a missing, unknown, duplicate, wrongly shaped or wrongly typed tensor, for scales that are
     missing or left over, an index that disagrees with its files, and files that could hold code.
     """
-    config = read_hub_config(path)
-    file_of, infos = _read_headers(path)
+    config = read_hub_config(path, released)
+    file_of, infos = _read_headers(path, _RELEASED if released else set())
     tensors = hub_tensors(config)
     _check_dtypes(path, tensors, infos, is_quantised(path))
     needed: dict[str, Shape] = {}
@@ -123,9 +135,9 @@ def _check_dtypes(path: Path, tensors: list[HubTensor], infos: dict[str, TensorI
             raise UserError(f"{path}: tensor {name} is {info.dtype}; only BF16, F32 and {_FP8} weights can be imported")
 
 
-def _read_headers(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+def _read_headers(path: Path, passed_over: set[str]) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     for entry in sorted(path.iterdir()):
-        if entry.suffix.lower() in _CODE:
+        if entry.suffix.lower() in _CODE and entry.name not in passed_over:
             raise UserError(f"{entry}: could hold code; remove it, only safetensors and JSON are read")
     mapped = _read_index(path) if (path / INDEX).exists() else None
     present = {entry.name for entry in path.iterdir() if entry.suffix == ".safetensors"}
@@ -135,7 +147,7 @@ def _read_headers(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
             raise UserError(f"{path / name}: no such file, though the model needs it")
     for name in sorted(present.difference(files)):
         raise UserError(f"{path / name}: not listed in {INDEX}; remove it or use the index that belongs to it")
-    headers = {name: read_header(path / name) for name in files}
+    headers = {name: _header(path / name) for name in files}
     count = Counter(tensor for header in headers.values() for tensor in header)
     for tensor, times in count.items():
         if times > 1:
@@ -144,6 +156,11 @@ def _read_headers(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     if mapped is not None:
         _compare_index(path, mapped, file_of)
     return file_of, {name: headers[file][name] for name, file in file_of.items()}
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    with open_tensors(path) as file:
+        return {name: file.info(name) for name in file.keys()}  # noqa: SIM118 - TensorFile is no mapping
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -5,28 +5,31 @@ becomes code * scale, rounded to FP32 once, and is the master weight that traini
 of embedding and head are dropped after their bits were compared.
 """
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from headrace.artifacts import manifest as manifests
+from headrace.checkpoint.weights_only import write_weights
 from headrace.config.schema import ModelConfig
-from headrace.conversion.export import METADATA
 from headrace.conversion.hub_folder import open_hub_folder
 from headrace.conversion.names import checkpoint_shapes
-from headrace.conversion.streaming import PlannedTensor, TensorWriter
 
 
-def import_(hub_folder: Path, out_path: Path) -> ModelConfig:
-    """Write the checkpoint tensors file `out_path` (FP32, experts stacked) from a Hub folder; returns its network.
+def import_(hub_folder: Path, checkpoints: Path, state: Mapping[str, Any]) -> ModelConfig:
+    """Write the checkpoint of step 0 (FP32, experts stacked) under `checkpoints`; returns the Hub folder's network.
 
-    Memory: one tensor of the Hub layout. Raises `UserError` for whatever `open_hub_folder` and `HubFolder.values`
-    refuse, and for copies that differ.
+    What stops half way leaves nothing: `checkpoints` is of this import alone.
+    state: what is kept beside the weights, JSON. Memory: one tensor of the Hub layout. Raises `UserError` for whatever
+    `open_hub_folder` and `HubFolder.values` refuse, and for copies that differ.
     """
-    folder = open_hub_folder(hub_folder)
+    folder = open_hub_folder(hub_folder, released=True)
     folder.check_copies()
-    plan = {name: PlannedTensor(torch.float32, shape) for name, shape in checkpoint_shapes(folder.config).items()}
-    with TensorWriter(out_path, plan, METADATA) as writer:
-        for tensor, values in folder.values():
-            writer.write(tensor.source, values, at=(tensor.expert or 0) * prod(tensor.shape))
+    placed = ((tensor.source, (tensor.expert or 0) * prod(tensor.shape), values) for tensor, values in folder.values())
+    try:
+        write_weights(checkpoints, checkpoint_shapes(folder.config), placed, state)
+    except BaseException:
+        manifests.discard(checkpoints)
+        raise
     return folder.config

@@ -1,9 +1,11 @@
-"""A checkpoint read a second time, for `check.py`: by safetensors itself, or as numbers from where the table points.
+"""What was converted, read a second time for `check.py`: by safetensors itself, or from where a table points.
 
-It shares nothing with `headrace.checkpoint`, through which the export read: a fault there would otherwise be in the
-export and in its check alike. Hashes are looked at there and not here.
+A plain safetensors file, a checkpoint's slices, or another Hub folder, whose FP8 is dequantised by `fp8_blocks.py`. It
+shares nothing with `headrace.checkpoint` and `hub_folder.py`, through which the conversion read: a fault there would
+otherwise be in the result and in its check alike. Hashes are looked at there and not here.
 """
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,26 +17,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.artifacts.files import read_json
+from headrace.conversion import fp8_blocks
 from headrace.errors import UserError
 
 _TABLE = "slices.json"
+_EXPERT = re.compile(r"(.+\.mlp\.experts\.)(\d+)\.(.+)")
+_SCALES = "_scale_inv"
 
 
 class Original(Protocol):
-    """The tensors of a checkpoint. `read` raises `KeyError` for what it has not."""
+    """The tensors of a checkpoint, by its names. `read` raises `KeyError` for what it has not."""
 
     def shapes(self) -> dict[str, list[int]]:
         """Every tensor's name and shape."""
         ...
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
-        """A tensor, or one expert's part of a stacked one."""
+        """A tensor, or one expert's part of a stacked one; FP32."""
         ...
 
 
-def open_original(checkpoint: Path, kind: str) -> Original:
-    """Open a plain safetensors file, or the tensors of one kind in a folder with a table of slices."""
-    return _Slices(checkpoint, kind) if checkpoint.is_dir() else _File(checkpoint)
+def open_original(source: Path, kind: str) -> Original:
+    """Open a safetensors file, a Hub folder, or the tensors of one kind in a folder with a table of slices."""
+    if not source.is_dir():
+        return _File(source)
+    return _Slices(source, kind) if (source / _TABLE).exists() else _Hub(source)
 
 
 class _File:
@@ -50,6 +57,41 @@ class _File:
         except (SafetensorError, IndexError):
             raise KeyError(name) from None
         return part
+
+
+class _Hub:
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, list[int]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with open_safetensors(path) as file:
+                for name in list(file.keys()):
+                    self._files[name] = path
+                    self._shapes[name] = file.get_slice(name).get_shape()
+
+    def shapes(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for name, shape in self._shapes.items():
+            if expert := _EXPERT.fullmatch(name):
+                stacked = found.setdefault(expert[1] + expert[3], [0, *shape])
+                stacked[0] += 1
+            else:
+                found[name] = shape
+        return {name: shape for name, shape in found.items() if not name.endswith(_SCALES)}
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        if expert is not None:
+            name = name.replace(".mlp.experts.", f".mlp.experts.{expert}.")
+        stored = self._stored(name)
+        if stored.dtype != torch.float8_e4m3fn:
+            return stored.float()
+        codes, scales = stored.view(torch.uint8).numpy(), self._stored(name + _SCALES).numpy()
+        return torch.from_numpy(fp8_blocks.dequantise(codes, scales))
+
+    def _stored(self, name: str) -> Tensor:
+        with open_safetensors(self._files[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 class _Slices:

@@ -1,0 +1,91 @@
+"""import: weights of foreign origin become a checkpoint that training goes on from. Not a stage: no stage asks for it.
+
+    headrace import deepseek-ai/DeepSeek-V3-Base        a repository, or a folder in the Hub's layout
+    snakemake --config set="... train.from=<fingerprint>@0"
+
+It lies in `results/import/<fingerprint>/`, known by its source: `checkpoints/step-00000000`, weights alone, and
+`imported.json`, the network and the hash of the tokenizer whose tokens the embedding means. Whatever is refused is
+refused before anything is written; what fails later leaves nothing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headrace.artifacts import manifest as manifests
+from headrace.artifacts.files import hash_file, read_json, write_json
+from headrace.checkpoint.reader import at_step
+from headrace.config.compose import group_to_dict
+from headrace.config.schema import Config, ModelConfig
+from headrace.errors import UserError
+from headrace.reporting.runs import IMPORTED as FACTS
+from headrace.stages.places import Place
+from headrace.stages.run import held
+from headrace.stages.table import fingerprint
+
+KIND = "import"
+CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer.json"
+_VERSION = 1
+_OF_NO_MATTER = {"initializer_range", "max_position_embeddings"}  # to weights that are there, and to training
+
+
+def import_source(named: str, config: Config) -> Path:
+    """Import a folder or repository, or verify the import of it that is there; returns its folder under `results`.
+
+    Raises `UserError` for whatever a model's folder must not hold, and for one without a tokenizer.
+    """
+    from headrace.conversion.hub_folder import open_hub_folder
+    from headrace.conversion.import_hub import import_
+    from headrace.conversion.source import locate
+    from headrace.publication.incoming import inspect_incoming
+
+    source = locate(named)
+    inspect_incoming(source.folder)
+    model = open_hub_folder(source.folder, released=True).config
+    facts = {"model": group_to_dict(model), "tokenizer": _tokenizer(source.folder), "source": _shown(source.identity)}
+    of: dict[str, Any] = {"stage": KIND, "version": _VERSION, "config": {"sources": source.identity}, "parents": {}}
+    place = Place(KIND, of, Path(config.paths.results) / KIND / fingerprint(of))
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with held(place):
+        if (place.folder / FACTS).exists():
+            at_step(place.folder / CHECKPOINTS, 0).verify()
+            return place.folder
+        manifests.discard(place.folder / CHECKPOINTS)  # of an attempt that was killed
+        import_(source.folder, place.folder / CHECKPOINTS, {"fingerprint": place.fingerprint, "slice": of})
+        write_json(place.folder / "stage.json", of)
+        write_json(place.folder / FACTS, facts)
+    return place.folder
+
+
+def check_import(imported: Path, model: ModelConfig, tokenizer: Path, named: str) -> None:
+    """Refuse an import of another network than `model`, or of another tokenizer than the artifact `tokenizer`."""
+    facts, ours = read_json(imported / FACTS), group_to_dict(model)
+    for key, value in facts["model"].items():
+        if key not in _OF_NO_MATTER and value != ours[key]:
+            raise UserError(f"{named}: its model.{key} is {value}, this run's {ours[key]}; set it as it is there")
+    if facts["tokenizer"] != _tokenizer(tokenizer):
+        raise UserError(
+            f"{named}: it came with another tokenizer, so its embedding means other tokens; tokenize with its own, "
+            "tokenizer=file tokenizer.path=<its tokenizer.json>"
+        )
+
+
+def origin(named: str | None, results: Path) -> str | None:
+    """What `train.from` went on from, as a card names it: owner/name@commit, or a folder's or run's own name."""
+    if named is None:
+        return None
+    path = results / KIND / named.partition("@")[0] / FACTS
+    return str(read_json(path)["source"]) if path.exists() else named
+
+
+def _shown(identity: Mapping[str, Any]) -> str:
+    if "repository" in identity:
+        return f"{identity['repository']}@{identity['commit']}"
+    return Path(identity["folder"]).name  # not the path: it says where things lie on somebody's machine
+
+
+def _tokenizer(folder: Path) -> str:
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, so what its embedding means is unknown; put the model's own there")
+    return hash_file(path, "sha256")
