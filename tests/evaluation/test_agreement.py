@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import stats
 
 from conversion_models import part_of, sliced
 from evaluation_world import World
@@ -52,6 +53,14 @@ def test_an_fp8_export_agrees_by_the_same_line_and_its_rounding_is_printed(world
     assert result["passed"] and reloaded["identical"]
     assert "rounded to fp8" in exported["compared"] and exported["line"] == 1e-4 and exported["largest"] < 2e-5
     assert precision["line"] is None and precision["mean"] > 1e-3
+    tensors = load_tensors(world.agreement)
+    rows = TransformersScorer.load(tmp_path / "hub").log_probabilities(tensors["tokens"])
+    rows = (rows - tensors["log_probabilities"]).double().mean(1).numpy()
+    expected = stats.ttest_1samp(rows, 0).confidence_interval(0.95)  # what FP8 costs per token, row by row
+    assert precision["shift"]["value"] == pytest.approx(rows.mean(), abs=1e-7)
+    assert precision["shift"]["low"] == pytest.approx(expected.low, abs=1e-6)
+    assert precision["shift"]["high"] == pytest.approx(expected.high, abs=1e-6)
+    assert precision["shift"]["units"] == len(rows) and reloaded["shift"]["value"] == 0
 
 
 def test_a_model_trained_in_fp8_is_reloaded_in_fp8(world: World, tmp_path: Path) -> None:

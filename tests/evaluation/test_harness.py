@@ -1,14 +1,11 @@
 import socket
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from transformers import AutoTokenizer
 
 from evaluation_world import LENGTH, World
 from headrace.evaluation import harness, items
@@ -22,26 +19,6 @@ def request(kind: str, *arguments: str) -> Instance:
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
 
-@pytest.fixture
-def harness_own_model(world: World, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """lm-eval's own Hugging Face model; it imports accelerate, which is not installed and not used on one CPU."""
-    for name in ("accelerate", "accelerate.utils"):
-        module = ModuleType(name)
-        for attribute in ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size", "get_max_memory"):
-            setattr(module, attribute, None)
-        monkeypatch.setitem(sys.modules, name, module)
-    from lm_eval.models.huggingface import HFLM
-
-    def build(length: int) -> Any:
-        model = TransformersScorer.load(world.hub).model
-        tokenizer = AutoTokenizer.from_pretrained(world.tokenizer)
-        own = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu", max_length=length)
-        own.custom_prefix_token_id = world.encoder().eos  # its default, BOS, never occurs in training rows
-        return own
-
-    return build
-
-
 @pytest.mark.parametrize("length", [LONG, LENGTH])
 def test_log_likelihoods_equal_the_harnesss_own_model(world: World, harness_own_model: Any, length: int) -> None:
     ours = harness.ScorerLM(TransformersScorer.load(world.hub), world.encoder(), length)
@@ -51,7 +28,7 @@ def test_log_likelihoods_equal_the_harnesss_own_model(world: World, harness_own_
         ("", "return self value"),
         ("naïve 数 " * 12, " lazy dog 22"),
         ("trailing space ", "moves over"),
-        *[(item["prompt"][-60:], " " + item["choices"][0]) for item in items.reasoning_gym(6)],
+        *[(item["prompt"][-60:], " " + item["choices"][0]) for item in items.take("reasoning_gym", 6)],
     ]
     requests = [request("loglikelihood", *pair) for pair in pairs if len(pair[1]) < LENGTH]
     assert len(requests) >= 8
@@ -112,14 +89,14 @@ def test_tasks_run_without_a_network_and_repeat(world: World, tmp_path: Path, mo
     assert likelihood["score"]["low"] < bits < likelihood["score"]["high"]
     assert "not pass@1" in likelihood["measures"] and likelihood["chance"] is None
     assert choice["chance"] == 0.25 and sum(part["units"] for part in choice["by_generator"].values()) == 12
-    right = [entry["correct"] for entry in entries if entry["task"] == "reasoning_gym"]
+    right = [entry["scores"]["accuracy"] for entry in entries if entry["task"] == "reasoning_gym"]
     assert choice["score"]["value"] == sum(right) / 12
     assert (tmp_path / "a" / "reasoning_gym.yaml").exists()
 
 
 def test_scored_bytes_are_those_of_the_solution_and_the_white_space_before_it(world: World) -> None:
     model = harness.ScorerLM(TransformersScorer.load(world.hub), world.encoder(), LONG)
-    item = items.humaneval(1)[0]
+    item = items.humaneval()[0]
     blank = len(item["prompt"]) - len(item["prompt"].rstrip())
     assert model.scored_bytes(item["prompt"], item["solution"]) == len(item["solution"].encode()) + blank
 
@@ -128,10 +105,45 @@ def test_choices_are_judged_by_the_likelihood_of_the_whole_answer(world: World, 
     """Against our own scorer, with lm-eval out of the way."""
     scorer, encoder = TransformersScorer.load(world.hub), world.encoder()
     _, entries = harness.run(["reasoning_gym"], 12, scorer, encoder, LONG, tmp_path, 100, 0)
-    for item, entry in zip(items.reasoning_gym(12), entries, strict=True):
+    for item, entry in zip(items.take("reasoning_gym", 12), entries, strict=True):
         scores = []
         for choice in item["choices"]:
             context, whole = (encoder.encode([text])[0] for text in (item["prompt"], f"{item['prompt']} {choice}"))
             row = torch.from_numpy(whole[-(LONG + 1) :][None])
             scores.append(float(scorer.log_probabilities(row)[0, -(len(whole) - len(context)) :].sum()))
-        assert entry["correct"] == int(int(np.argmax(scores)) == item["label"])
+        assert entry["scores"] == {"accuracy": int(int(np.argmax(scores)) == item["label"])}
+        assert entry["nats"] == pytest.approx(-scores[item["label"]], abs=1e-4)
+        assert entry["bytes"] == len(f" {item['choices'][item['label']]}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"until": [], "max_gen_toks": 12, "do_sample": False},
+        {"until": ["the", "x y"], "max_gen_toks": 20, "do_sample": False},
+        {"until": [" "], "max_gen_toks": 5, "do_sample": False},
+    ],
+    ids=["to the end", "to a stop sequence", "to a space"],
+)
+def test_generated_text_equals_the_harnesss_own_models(
+    world: World, harness_own_model: Any, settings: dict[str, Any]
+) -> None:
+    ours = harness.ScorerLM(TransformersScorer.load(world.hub), world.encoder(), LENGTH)
+    contexts = ["the quick brown", "def value(", " ".join(["lazy dog"] * 30), "naïve 数"]
+    requests = [request("generate_until", context, settings) for context in contexts]
+    theirs = harness_own_model(LENGTH, batch=1).generate_until(requests, disable_tqdm=True)
+    found = ours.generate_until(requests)
+    assert found == theirs and len(set(found)) > 1
+    assert not any(stop in answer for answer in found for stop in settings["until"])
+
+
+def test_an_answer_that_would_fill_the_model_leaves_half_to_its_context(world: World) -> None:
+    scorer, encoder = TransformersScorer.load(world.hub), world.encoder()
+    context = " ".join(["lazy dog"] * 30)
+    long, half = (
+        harness.ScorerLM(scorer, encoder, 16).generate_until(
+            [request("generate_until", context, {"max_gen_toks": wanted})]
+        )
+        for wanted in (500, 8)
+    )
+    assert long == half and long[0]

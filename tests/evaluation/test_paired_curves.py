@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from headrace.evaluation.paired_curves import compare, interval_by_step, mean_interval, smooth, student_quantile
+from headrace.evaluation.paired_curves import compare, interval_by_step, mean_interval, smooth
+from headrace.evaluation.statistics import student_quantile
 
 NAN = float("nan")
 

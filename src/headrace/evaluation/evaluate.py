@@ -1,9 +1,9 @@
 """The evaluate stage's work: everything measured on one converted model, from paths that are handed in.
 
 It writes three files into `out`: `results.json` (all figures with their intervals, counts and conventions),
-`samples.jsonl` (generated texts) and `items.jsonl` (one line per task item and per held-out document, for paired
-comparisons with other runs). Agreement is judged first: figures of a model that was not exported faithfully are not
-worth computing.
+`samples.jsonl` (generated texts) and `items.jsonl` (one line per task item and per held-out document, with the hash of
+what was asked: `comparison` pairs runs by it). Agreement is judged first: figures of a model that was not exported
+faithfully are not worth computing.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from headrace.evaluation.scorer import TransformersScorer
 from headrace.evaluation.text import TextEncoder
 from headrace.fp8.gemms import Compute
 from headrace.fp8.numerics import Numerics
+
+if TYPE_CHECKING:
+    from headrace.evaluation.hub_tasks import LoadedTask
 
 Log = Callable[[str], None]
 SCHEMA = 1
@@ -70,11 +73,13 @@ def evaluate(
     """Measure everything, write the three files into the existing folder `out`, and return what `results.json` holds.
 
     sequence_length: L of training; numerics: precision of training; dtype: of the export (bf16, fp8 or fp32); seed: of
-    bootstrap and sampled text, never of the choice of rows and items. Raises `UserError` for an unknown task or
-    malformed input, and `agreement.DisagreementError` where trained, reloaded and exported model differ.
+    bootstrap and sampled text, never of the choice of rows and items. Raises `UserError` for malformed input and for a
+    task that is unknown, not as pinned or not to be had, and `agreement.DisagreementError` where trained, reloaded and
+    exported model differ.
     """
     items.check_names(config.tasks)
     clock = _Clock(log)
+    hub, skipped = _load_hub_tasks(config)
     encoder = TextEncoder(inputs.tokenizer_folder, model.vocab_size)
     scorer = TransformersScorer.load(inputs.hub_folder, device)
     agreed = agreement.measure(
@@ -104,8 +109,11 @@ def evaluate(
         "baselines", ", ".join(f"{name} {entry['value']:.3f}" for name, entry in overall.items()) + " bits per byte"
     )
 
-    tasks, entries = _run_tasks(config, scorer, encoder, sequence_length, seed)
-    clock.mark("tasks", ", ".join(f"{name} {entry['score']['value']:.3f}" for name, entry in tasks.items()) or "none")
+    tasks, entries = _run_tasks(config, hub, scorer, encoder, sequence_length, seed)
+    told = [f"{name} {entry['score']['value']:.3f}" for name, entry in tasks.items()]
+    told += [f"{name} skipped ({reason})" for name, reason in skipped.items()]
+    told += [f"absent: {name}" for name in config.absent]
+    clock.mark("tasks", "; ".join(told) or "none")
     texts = samples.generate(scorer.model, encoder, rows, config.samples, config.sample_tokens, seed, device)
     clock.mark("samples", f"{len(texts)} texts")
 
@@ -121,13 +129,15 @@ def evaluate(
         },
         "bits_per_byte": text,
         "tasks": tasks,
+        "skipped": skipped,
+        "absent": list(config.absent),
         "agreement": agreed,
         "samples": len(texts),
         "seconds": clock.seconds,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
     }
     _write_lines(out / "samples.jsonl", texts)
-    _write_lines(out / "items.jsonl", [*entries, *_document_entries(rows, bits)])
+    _write_lines(out / "items.jsonl", [*entries, *_document_entries(rows, bits, encoder)])
     write_json(out / "results.json", results)
     return results
 
@@ -144,15 +154,35 @@ class _Clock:
         self._log(f"{name}: {found} ({self.seconds[name]:.1f} s)")
 
 
-def _run_tasks(
-    config: EvaluateConfig, scorer: TransformersScorer, encoder: TextEncoder, length: int, seed: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    if not config.tasks:
-        return {}, []
-    from headrace.evaluation import harness  # imports lm-eval and datasets: seconds
+def _load_hub_tasks(config: EvaluateConfig) -> "tuple[list[LoadedTask], dict[str, str]]":
+    if not config.harness:
+        return [], {}
+    from headrace.evaluation import hub_tasks
 
-    with tempfile.TemporaryDirectory(prefix="headrace-tasks-") as folder:
-        return harness.run(config.tasks, config.items, scorer, encoder, length, Path(folder), config.bootstrap, seed)
+    return hub_tasks.load(config.harness, config.without_network)
+
+
+def _run_tasks(
+    config: EvaluateConfig,
+    hub: "list[LoadedTask]",
+    scorer: TransformersScorer,
+    encoder: TextEncoder,
+    length: int,
+    seed: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    if not config.tasks and not hub:
+        return {}, []
+    from headrace.evaluation import harness, hub_tasks  # they import lm-eval and datasets: seconds
+
+    summaries, entries = dict[str, Any](), list[dict[str, Any]]()
+    if config.tasks:
+        with tempfile.TemporaryDirectory(prefix="headrace-tasks-") as folder:
+            summaries, entries = harness.run(
+                config.tasks, config.items, scorer, encoder, length, Path(folder), config.bootstrap, seed
+            )
+    model = harness.ScorerLM(scorer, encoder, length)
+    more, further = hub_tasks.run(hub, config.items, model, config.bootstrap, seed)
+    return summaries | more, entries + further
 
 
 def _describe_ngrams(models: Mapping[int, ngrams.NGramModel]) -> dict[str, Any]:
@@ -164,12 +194,16 @@ def _describe_ngrams(models: Mapping[int, ngrams.NGramModel]) -> dict[str, Any]:
     }
 
 
-def _document_entries(rows: heldout_rows.Heldout, bits: Mapping[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
-    sizes = rows.per_document(rows.sizes)
+def _document_entries(
+    rows: heldout_rows.Heldout, bits: Mapping[str, NDArray[np.float64]], encoder: TextEncoder
+) -> list[dict[str, Any]]:
+    sizes, hashes = rows.per_document(rows.sizes), rows.hashes(encoder)
     return [
         {
             "task": "bits_per_byte",
             "item": document.path,
+            "hash": hashes[place],
+            "unit": str(document.id),
             "document": document.id,
             "kind": document.kind,
             "bytes": int(sizes[place]),

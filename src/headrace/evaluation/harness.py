@@ -3,19 +3,20 @@
 The harness builds prompts, asks for log-likelihoods and collects metrics; our scorer answers; our statistics put
 intervals on the results, since the harness gives none for likelihoods. Each task is a JSON-lines file and a plain
 dictionary (no functions, no code), written into a working folder so that it can be read, or run with the harness's own
-command line. The harness's bundled tasks, which download, are not loaded.
+command line. The harness's bundled tasks, which download, are loaded by `hub_tasks` alone.
 
 - `humaneval_likelihood`: how likely the model finds the canonical solutions of HumanEval, in bits per byte. No code is
   generated or run: this is not pass@1 and says nothing about solving the problems.
 - `reasoning_gym`: the share of puzzles where the right answer is the likeliest of four of the same form. Guessing
-  scores 1/4.
+  scores 1/4. How likely the right answer is, in bits per byte, is kept beside it: it moves long before the choice does.
 
 lm-eval and datasets are imported when tasks are run: they take seconds, which nothing else should wait for.
 """
 
 import io
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,9 @@ from lm_eval import __version__ as harness_version
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from transformers import StoppingCriteriaList
 
+from headrace.artifacts.files import hash_bytes
 from headrace.evaluation import items
 from headrace.evaluation.scorer import TransformersScorer, batches
 from headrace.evaluation.statistics import Estimate, ratio_of_sums, standard_error, wilson
@@ -45,6 +48,9 @@ _CHOICE = {
 _KIND = {"humaneval_likelihood": _LIKELIHOOD, "reasoning_gym": _CHOICE}
 _SHARED = {"dataset_path": "json", "test_split": "test", "doc_to_text": "prompt", "num_fewshot": 0}
 
+HARNESS = f"lm-eval {harness_version}"
+
+_MAX_GENERATED = 256  # tokens, where a task does not say; the harness's own default
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
@@ -106,12 +112,46 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]
         return [Answer(float(total), bool(same)) for total, same in zip(totals, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Not offered: whole documents are scored by `bits_per_byte`."""
-        raise AssertionError("no task of ours asks for rolling log-likelihoods")
+        """Not offered: whole documents are scored by `bits_per_byte`, and `hub_tasks` refuses such tasks."""
+        raise AssertionError("rolling log-likelihoods are refused before anything runs")
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Not offered: no task of ours generates."""
-        raise AssertionError("no task of ours generates text")
+        """Greedy text after each context, up to the first of its stop sequences or `max_gen_toks` tokens.
+
+        One context at a time, so that no answer depends on its neighbours. A context that leaves no room for the answer
+        loses tokens on the left, as in the harness's own Hugging Face model; where the answer alone would fill the
+        model, which that one refuses, each gets half.
+        """
+        return [self._generate(*request.args) for request in requests]
+
+    @torch.inference_mode()
+    def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
+        wanted = int(settings.get("max_gen_toks", _MAX_GENERATED))
+        stops = [settings["until"]] if isinstance(settings.get("until"), str) else list(settings.get("until") or ())
+        wanted = wanted if wanted < self._max_length else self._max_length // 2
+        room = self._max_length - wanted
+        ids = torch.tensor([self.tok_encode(context)[-room:] or [self.eot_token_id]], device=self._scorer.model.device)
+        start = ids.shape[1]
+
+        def text(tokens: torch.Tensor) -> str:
+            return self._encoder.decode_bytes(tokens[start:].cpu().numpy()).decode("utf-8", errors="replace")
+
+        def stopped(tokens: torch.Tensor, _: object) -> torch.Tensor:
+            return torch.tensor([any(stop in text(row) for stop in stops) for row in tokens], device=tokens.device)
+
+        made = self._scorer.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=wanted,
+            do_sample=False,
+            eos_token_id=self.eot_token_id,
+            pad_token_id=self.eot_token_id,
+            stopping_criteria=StoppingCriteriaList([stopped]),
+        )
+        answer = text(made[0])
+        for stop in stops:
+            answer = answer.split(stop)[0]
+        return answer
 
 
 def run(
@@ -132,10 +172,10 @@ def run(
     definitions, hashes = [], {}
     for name in tasks:
         path = folder / f"{name}.jsonl"
-        hashes[name] = items.write(path, items.SOURCES[name](count))
+        hashes[name] = items.write(path, items.take(name, count))
         definitions.append(_definition(name, path, folder / "cache"))
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(definitions[-1]), encoding="utf-8")
-    with _quiet():
+    with quiet():
         loaded = TaskManager(include_defaults=False).load(definitions)
         outcome = evaluate(lm=model, task_dict=loaded, bootstrap_iters=0, log_samples=True)
     summaries, entries = {}, []
@@ -144,7 +184,9 @@ def run(
         summarise = _likelihood if _KIND[name] is _LIKELIHOOD else _choice
         summary, own = summarise(model, samples, resamples, seed)
         summaries[name] = {**summary, "items": len(samples), "shots": 0, "items_sha256": hashes[name]}
-        summaries[name]["harness"] = f"lm-eval {harness_version}"
+        asked = json.dumps({**_SHARED, **_KIND[name]}, sort_keys=True).encode()
+        summaries[name]["definition"] = hash_bytes(asked, "sha256").removeprefix("sha256:")
+        summaries[name]["harness"] = HARNESS
         entries += [{"task": name, **entry} for entry in own]
     return summaries, entries
 
@@ -169,14 +211,14 @@ def _likelihood(
         "nats_per_item": {"value": float(nats.mean()), "standard_error": standard_error(nats)},
     }
     entries = [
-        {"item": sample["doc"]["id"], "hash": sample["doc"]["hash"], "nats": float(own), "bytes": int(length)}
+        {**_identity(sample["doc"]), "nats": float(own), "bytes": int(length)}
         for sample, own, length in zip(samples, nats, size, strict=True)
     ]
     return summary, entries
 
 
 def _choice(
-    _model: ScorerLM, samples: list[dict[str, Any]], _resamples: int, _seed: int
+    model: ScorerLM, samples: list[dict[str, Any]], _resamples: int, _seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     right = [int(sample["acc"]) for sample in samples]
     groups = [sample["doc"]["generator"] for sample in samples]
@@ -192,10 +234,21 @@ def _choice(
         "by_generator": {name: share.to_json() for name, share in by_generator.items()},
     }
     entries = [
-        {"item": sample["doc"]["id"], "hash": sample["doc"]["hash"], "correct": hit}
+        {**_identity(sample["doc"]), "scores": {"accuracy": hit}, **gold_answer(model, sample, sample["doc"]["label"])}
         for sample, hit in zip(samples, right, strict=True)
     ]
     return summary, entries
+
+
+def gold_answer(model: ScorerLM, sample: Mapping[str, Any], gold: int) -> dict[str, Any]:
+    """How likely the right one of a sample's choices is: `nats` and the `bytes` that they are of."""
+    nats, size = -float(sample["filtered_resps"][gold][0]), model.scored_bytes(*sample["arguments"][gold])
+    return {"nats": nats, "bytes": size}
+
+
+def _identity(item: Mapping[str, Any]) -> dict[str, str]:
+    """Which item it is, by name and content; each is a unit of its own."""
+    return {"item": item["id"], "hash": item["hash"], "unit": item["id"]}
 
 
 def _share(hits: list[int]) -> Estimate:
@@ -212,7 +265,7 @@ def _pieces(context: list[int], continuation: list[int], limit: int) -> Iterator
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back progress bars and notices of the harness and of `datasets`; errors are logged or raised as ever."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 
+from headrace.artifacts.files import hash_bytes
 from headrace.errors import UserError
 from headrace.evaluation.text import TextEncoder
 
@@ -69,6 +70,14 @@ class Heldout:
     def per_document(self, per_row: NDArray[np.float64] | Ints) -> NDArray[np.float64]:
         """Sums of a per-row quantity [N] over each document's rows [D]."""
         return np.bincount(self.owner, weights=per_row, minlength=len(self.documents)).astype(np.float64)
+
+    def hashes(self, encoder: TextEncoder) -> list[str]:
+        """D hashes, one of each document's rows as text: where rows begin is part of it, for it decides the context."""
+        rows: list[list[str]] = [[] for _ in self.documents]
+        for row, owner in enumerate(self.owner):
+            text = encoder.decode_bytes(self.tokens[row, : 1 + self.lengths[row]])
+            rows[owner].append(hash_bytes(text, "sha256"))
+        return [hash_bytes("".join(own).encode(), "sha256") for own in rows]
 
     def text(self, encoder: TextEncoder, kind: str | None = None) -> bytes:
         """The scored text of one kind (None: all), rows in document order."""

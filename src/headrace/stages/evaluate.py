@@ -10,10 +10,12 @@ from headrace.artifacts.files import read_json
 from headrace.evaluation.evaluate import Inputs, evaluate
 from headrace.fp8.numerics import Numerics
 from headrace.launch.device import resolve, use_threads
+from headrace.model.loss import inputs_of
 from headrace.recipe.schedule import Schedule
 from headrace.stages import convert, provenance
 from headrace.stages.run import Door, Outcome, Run, main
-from headrace.tokens.loader import Batches, TokenDataset
+from headrace.tokens.loader import TokenDataset
+from headrace.training.rows import training_batches
 
 
 def body(run: Run) -> Outcome:
@@ -56,11 +58,10 @@ def training_rows(run: Run, tokens: Path) -> NDArray[np.integer]:
 
     Longer rows of context extension are cut into rows of L + 1; what is left at their ends is not used.
     """
-    recipe, train = run.config.recipe, TokenDataset(tokens).split("train")
-    length = recipe.sequence_length
+    dataset, length = TokenDataset(tokens), run.config.recipe.sequence_length
     seen = []
     for own, rows in rows_read(run).items():
-        read = Batches(train, run.config.seed.data, own, 1).batch(0, rows).numpy()
+        read = inputs_of(training_batches(dataset, run.config, own, 1).batch(0, rows)).numpy()
         seen += [read[:, start : start + length + 1] for start in range(0, own - length + 1, length)]
     return np.concatenate(seen)
 

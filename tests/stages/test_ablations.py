@@ -1,0 +1,58 @@
+"""`ablations` runs all experiments to their evaluation, goes on after "run me again", and compares with the first."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headrace.config.compose import load, to_dict
+from headrace.stages import ablations
+from headrace.stages.ablations import EXPERIMENTS, stages_before_comparing
+
+
+@pytest.fixture(name="calls")
+def _calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
+    """The stages that were started; `compared` is put behind them."""
+    made: list[tuple[str, ...]] = []
+
+    def run(command: Sequence[str]) -> Any:
+        made.append((command[2].removeprefix("headrace.stages."), *command[3:]))
+        return SimpleNamespace(returncode=75 if made[-1][0] == "pretrain" and made.count(made[-1]) == 1 else 0)
+
+    def write(config: Any, names: Sequence[str]) -> Path:
+        made.append(("compared", *names))
+        (tmp_path / ablations.TABLE).write_text("a table")
+        return tmp_path
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(ablations, "write", write)
+    monkeypatch.setattr(ablations, "_fingerprint", lambda words: words[0].removeprefix("experiment="))
+    return made
+
+
+def test_all_are_evaluated_on_equal_terms_and_compared_with_the_first(calls: list[tuple[str, ...]]) -> None:
+    assert ablations.main(["recipe.tokens=1e6"]) == 0
+    order = [*stages_before_comparing()]
+    order.insert(order.index("pretrain"), "pretrain")  # it ended with 75 once
+    expected = [(stage, f"experiment={name}", "recipe.tokens=1e6") for name in EXPERIMENTS for stage in order]
+    assert calls == [*expected, ("compared", *EXPERIMENTS)]
+
+
+def test_a_stage_that_fails_ends_it(calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=2))
+    assert ablations.main([]) == 2
+    assert calls == []
+
+
+def test_another_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablations.main(["experiment=tiny"]) == 2
+    assert "experiments of their own" in capsys.readouterr().err
+
+
+def test_each_differs_from_the_baseline_by_what_its_name_says_alone() -> None:
+    baseline, *others = (to_dict(load([f"experiment={name}"])) for name in EXPERIMENTS)
+    changed = [{group for group in baseline if other[group] != baseline[group]} for other in others]
+    assert changed == [{"model"}, {"recipe"}, {"model"}, {"recipe"}]
