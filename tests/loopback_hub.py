@@ -4,90 +4,33 @@
         api = HfApi(endpoint=hub.url, token=hub.token)          # in this process
         subprocess.run(..., env=os.environ | hub.environment())  # in another one
 
-Repositories of models and (named kernels/owner/name here) of kernels, commits with a parent check, LFS uploads whose
-hash is checked, branches, tags, trees, downloads with ranges; tokens that may write, only read, or are unknown; private
-repositories that do not exist for strangers. `hub.fail("POST", "/commit/", 500)` makes the next such request fail
-(`at=3`: the third). `hub.requests` lists what was asked.
-Not here: pull requests, Xet (clients need HF_HUB_DISABLE_XET=1), git.
+Repositories of models and (named kernels/owner/name and datasets/owner/name here) of kernels and data sets, commits
+with a parent check, LFS uploads whose hash is checked, branches, tags, trees, downloads with ranges; tokens that may
+write, only read, or are unknown; private repositories that do not exist for strangers;
+pull requests that collect commits on a reference of their own and are merged onto whatever main has become.
+`hub.fail("POST", "/commit/", 500)` makes the next such request fail
+(`at=3`: the third; `"*"`: of any method). In place of a status: CUT closes the connection before anything is done, LOST
+after it is done and before it is answered, HALF in the middle of the answer. `hub.requests` lists what was asked.
+Not here: comments, Xet (clients need HF_HUB_DISABLE_XET=1), git.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-_REPO = r"(?P<repo>(?:kernels/)?[\w.-]+/[\w.-]+)"
+from loopback_repository import CUT, HALF, LOST, Blob, Fault, HubError, Pull, Repository
+
+_REPO = r"(?P<repo>(?:kernels/|datasets/)?[\w.-]+/[\w.-]+)"
 _LFS_FROM = 1 << 20  # bytes; smaller files are kept in git unless they look binary
-
-
-class HubError(Exception):
-    """An answer that is not 2xx."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, **body: Any) -> None:
-        self.status, self.message, self.code, self.body = status, message, code, body
-
-
-@dataclass(frozen=True)
-class Blob:
-    data: bytes
-    lfs: bool
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    @property
-    def oid(self) -> str:
-        """What git calls the file: the hash of its content, or of the pointer that stands for it."""
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n"
-        data = pointer.encode() if self.lfs else self.data
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-    def entry(self, path: str) -> dict[str, Any]:
-        entry = {"type": "file", "path": path, "oid": self.oid, "size": len(self.data)}
-        return entry | ({"lfs": {"oid": self.sha256, "size": len(self.data), "pointerSize": 130}} if self.lfs else {})
-
-
-@dataclass
-class Repository:
-    private: bool
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-    tags: dict[str, str] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=lambda: {"main": ""})
-
-    @property
-    def head(self) -> str:
-        return self.branches["main"]
-
-    def commit(self, files: dict[str, Blob], message: str, branch: str = "main") -> str:
-        listing = "".join(f"{path} {blob.oid}\n" for path, blob in sorted(files.items()))
-        oid = hashlib.sha1(f"{self.branches[branch]}\n{message}\n{listing}".encode()).hexdigest()
-        self.branches[branch], self.commits[oid] = oid, files
-        self.messages.append(message)
-        return oid
-
-    def resolve(self, revision: str) -> str:
-        oid = (self.tags | self.branches).get(revision, revision)
-        if oid not in self.commits:
-            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return oid
-
-
-@dataclass
-class _Fault:
-    method: str
-    pattern: str
-    status: int
-    countdown: int
 
 
 class LoopbackHub:
@@ -99,7 +42,7 @@ class LoopbackHub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.lock = threading.RLock()
-        self._faults: list[_Fault] = []
+        self._faults: list[Fault] = []
         hub = self
 
         class Handler(_Handler):
@@ -125,17 +68,23 @@ class LoopbackHub:
         """Variables for a subprocess that uses this Hub with the writing token."""
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
-    def fail(self, method: str, pattern: str, status: int, at: int = 1) -> None:
-        """Answer `status` to the `at`-th request from now whose method matches and whose path contains `pattern`."""
-        self._faults.append(_Fault(method, pattern, status, at))
+    def fail(self, method: str, pattern: str, outcome: int | str, at: int = 1) -> None:
+        """Let the `at`-th request from now of this method whose path contains `pattern` end with `outcome`."""
+        self._faults.append(Fault(method, pattern, outcome, at))
 
-    def fault(self, method: str, path: str) -> None:
+    def unfail(self) -> None:
+        """Forget faults that no request has met."""
+        self._faults.clear()
+
+    def fault(self, method: str, path: str) -> int | str | None:
+        """How this request is to end, where a fault was set for it."""
         for fault in list(self._faults):
-            if fault.method == method and fault.pattern in path:
+            if fault.method in ("*", method) and fault.pattern in path:
                 fault.countdown -= 1
                 if fault.countdown == 0:
                     self._faults.remove(fault)
-                    raise HubError(fault.status, "injected fault")
+                    return fault.outcome
+        return None
 
     def role(self, authorization: str | None) -> str:
         """`write`, `read` or `none`; an unknown token is refused."""
@@ -156,6 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
     state: LoopbackHub
+    fault: int | str | None = None
 
     def log_message(self, *_: object) -> None:
         pass
@@ -167,13 +117,19 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             with self.state.lock:
                 self.state.requests.append(f"{self.command} {path}")
-                self.state.fault(self.command, path)
+                self.fault = self.state.fault(self.command, path)
+                if self.fault == CUT:
+                    self._hang_up()
+                    return
+                if isinstance(self.fault, int):
+                    raise HubError(self.fault, "injected fault")
                 for method, pattern, action in _ROUTES:
                     match = re.fullmatch(pattern, path)
                     if match and self.command in method.split():
                         self.role = self.state.role(self.headers.get("Authorization"))
                         groups = {name: unquote(value or "") for name, value in match.groupdict().items()}
-                        return action(self, **groups)
+                        action(self, **groups)
+                        return
                 raise HubError(404, f"no route for {self.command} {path}")
         except HubError as error:
             headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
@@ -184,13 +140,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     def _send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
+        if self.fault == LOST:
+            self._hang_up()
+            return
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if self.fault == HALF else data)
+        if self.fault == HALF:
+            self._hang_up()
 
     def _readable(self, repo: str) -> Repository:
         return self.state.repository(repo, self.role)
@@ -208,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self) -> None:
         wanted = json.loads(self.body)
-        kind = {"model": "", "kernel": "kernels/"}[wanted.get("type") or "model"]
+        kind = {"model": "", "kernel": "kernels/", "dataset": "datasets/"}[wanted.get("type") or "model"]
         repo = f"{kind}{wanted.get('organization') or 'me'}/{wanted['name']}"
         if self.role != "write":
             raise HubError(401 if self.role == "none" else 403, "this token may not create repositories")
@@ -290,9 +255,74 @@ class _Handler(BaseHTTPRequestHandler):
 
     def refs(self, repo: str) -> None:
         repository = self._readable(repo)
-        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": o} for n, o in repository.branches.items()]
+        heads = {name: oid for name, oid in repository.branches.items() if not name.startswith("refs/pr/")}
+        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in heads.items()]
         tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in repository.tags.items()]
-        self._json({"branches": branches, "converts": [], "tags": tags})
+        pulls = [
+            {"name": n, "ref": n, "targetCommit": repository.branches[n]} for n in repository.branches.keys() - heads
+        ]
+        listed = {"pullRequests": pulls} if "include_prs" in self.query else {}
+        self._json({"branches": branches, "converts": [], "tags": tags, **listed})
+
+    def open_pull(self, repo: str) -> None:
+        repository, wanted = self._writable(repo), json.loads(self.body)
+        number = len(repository.pulls) + 1
+        repository.pulls[number] = Pull(wanted["title"], repository.head)
+        repository.branches[f"refs/pr/{number}"] = repository.head
+        self._json({"num": number})
+
+    def pulls(self, repo: str) -> None:
+        repository, status = self._readable(repo), self.query.get("status", ["all"])[0]
+        found = [self._pull(repo, number) for number in repository.pulls]
+        author = self.query.get("author", [None])[0]
+        found = [pull for pull in found if author in (None, pull["author"]["name"])]
+        shown = [pull for pull in found if status == "all" or (status == "open") == (pull["status"] != "merged")]
+        self._json({"discussions": shown, "count": len(shown), "start": 0})
+
+    def pull(self, repo: str, number: str) -> None:
+        repository = self._readable(repo)
+        if int(number) not in repository.pulls:
+            raise HubError(404, "no such discussion")
+        found = repository.pulls[int(number)]
+        changes = {"base": "refs/heads/main", "mergeCommitId": found.merged}
+        self._json(self._pull(repo, int(number)) | {"events": [], "changes": changes, "filesWithConflicts": []})
+
+    def _pull(self, repo: str, number: int) -> dict[str, Any]:
+        pull = self.state.repositories[repo].pulls[number]
+        kind, _, name = repo.partition("s/") if repo.count("/") == 2 else ("model", "", repo)
+        return {
+            "num": number,
+            "title": pull.title,
+            "status": "merged" if pull.merged else "draft" if pull.draft else "open",
+            "isPullRequest": True,
+            "author": {"name": pull.author},
+            "createdAt": "2026-01-01T00:00:00.000Z",
+            "repo": {"name": name, "type": kind},
+        }
+
+    def set_status(self, repo: str, number: str) -> None:
+        status = json.loads(self.body)["status"]
+        self._writable(repo).pulls[int(number)].draft = False
+        event = {
+            "id": "1",
+            "type": "status-change",
+            "createdAt": "2026-01-01T00:00:00.000Z",
+            "data": {"status": status},
+        }
+        self._json({"newStatus": event})
+
+    def merge(self, repo: str, number: str) -> None:
+        repository = self._writable(repo)
+        pull = repository.pulls[int(number)]
+        if pull.merged or pull.draft:
+            raise HubError(409, "This pull request is merged already, or a draft")
+        base, ours = repository.commits[pull.base], repository.commits[repository.branches[f"refs/pr/{number}"]]
+        files = {
+            path: blob for path, blob in repository.commits[repository.head].items() if path in ours or path not in base
+        }
+        files |= {path: blob for path, blob in ours.items() if base.get(path) != blob}
+        pull.merged = repository.commit(files, pull.title)
+        self._json({})
 
     def tree(self, repo: str, revision: str, folder: str) -> None:
         repository = self._readable(repo)
@@ -311,7 +341,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._readable(repo)
         oid = repository.resolve(revision or "main")
         siblings = [{"rfilename": path} for path in repository.commits[oid]]
-        name = repo.removeprefix("kernels/")
+        name = repo.removeprefix("kernels/").removeprefix("datasets/")
         self._json({"id": name, "modelId": name, "sha": oid, "private": repository.private, "siblings": siblings})
 
     def settings(self, repo: str) -> None:
@@ -358,6 +388,11 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", _API + "/tag/(?P<revision>[^/]+)", _Handler.tag),
     ("POST", _API + "/branch/(?P<name>[^/]+)", _Handler.branch),
     ("GET", _API + "/refs", _Handler.refs),
+    ("POST", _API + "/discussions", _Handler.open_pull),
+    ("GET", _API + "/discussions", _Handler.pulls),
+    ("GET", _API + r"/discussions/(?P<number>\d+)", _Handler.pull),
+    ("POST", _API + r"/discussions/(?P<number>\d+)/merge", _Handler.merge),
+    ("POST", _API + r"/discussions/(?P<number>\d+)/status", _Handler.set_status),
     ("GET", _API + "/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
     ("GET", _API + "(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
     ("PUT", _API + "/settings", _Handler.settings),

@@ -5,8 +5,10 @@ import json
 
 import httpx2
 import pytest
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
-from loopback_hub import LoopbackHub
+from loopback_hub import CUT, HALF, LOST, LoopbackHub
 
 
 @pytest.fixture
@@ -71,3 +73,45 @@ def test_private_repositories_do_not_exist_for_strangers(client, hub):
 def test_faults_hit_the_request_they_were_set_for(client, hub):
     hub.fail("GET", "/api/whoami-v2", 503, at=2)
     assert [client.get("/api/whoami-v2").status_code for _ in range(3)] == [200, 503, 200]
+
+
+def test_a_pull_request_collects_commits_and_is_merged_onto_what_main_became(client, hub):
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    api.create_repo("me/d", repo_type="dataset", private=True)
+    kind = {"repo_type": "dataset"}
+    opened = api.create_pull_request("me/d", "Shards", **kind)
+    assert (opened.num, opened.status, opened.git_reference) == (1, "draft", "refs/pr/1")
+    for name in ("a.txt", "b.txt"):
+        add = [CommitOperationAdd(name, name.encode())]
+        api.create_commit("me/d", add, commit_message=name, revision="refs/pr/1", **kind)
+    api.create_commit("me/d", [CommitOperationAdd("c.txt", b"main")], commit_message="c", **kind)
+    repository = hub.repositories["datasets/me/d"]
+    assert set(repository.commits[repository.head]) == {".gitattributes", "c.txt"}
+    assert [one.title for one in api.get_repo_discussions("me/d", discussion_status="open", **kind)] == ["Shards"]
+    refs = api.list_repo_refs("me/d", include_pull_requests=True, **kind)
+    assert [branch.name for branch in refs.branches] == ["main"]
+    assert [pull.target_commit for pull in refs.pull_requests] == [repository.branches["refs/pr/1"]]
+    with pytest.raises(HfHubHTTPError, match="409"):
+        api.merge_pull_request("me/d", 1, **kind)
+    assert api.change_discussion_status("me/d", 1, new_status="open", **kind).new_status == "open"
+    api.merge_pull_request("me/d", 1, **kind)
+    assert set(repository.commits[repository.head]) == {".gitattributes", "a.txt", "b.txt", "c.txt"}
+    details = api.get_discussion_details("me/d", 1, **kind)
+    assert (details.status, details.merge_commit_oid) == ("merged", repository.head)
+    with pytest.raises(HfHubHTTPError, match="409"):
+        api.merge_pull_request("me/d", 1, **kind)
+
+
+def test_connections_are_cut_before_after_and_in_the_middle(client, hub):
+    hub.fail("GET", "/api/models/me/a", CUT)
+    with pytest.raises(httpx2.TransportError):
+        client.get("/api/models/me/a")
+    hub.fail("POST", "/api/repos/create", LOST)
+    with pytest.raises(httpx2.TransportError):
+        client.post("/api/repos/create", json={"name": "b", "organization": "me"})
+    assert "me/b" in hub.repositories
+    oid = put_object(client, bytes(range(100)))
+    hub.fail("*", "/lfs/", HALF)
+    with pytest.raises(httpx2.TransportError):
+        client.get(f"/lfs/{oid}")
+    assert client.get(f"/lfs/{oid}").content == bytes(range(100))

@@ -14,6 +14,7 @@ from headrace.conversion.check import expected_values
 from headrace.conversion.export import export
 from headrace.publication import card
 from headrace.publication.facts import DataSource
+from headrace.stages.publish import measurements
 from publication.publication_fixtures import card_facts
 
 
@@ -81,6 +82,16 @@ def test_tables_hold_every_fact():
     assert "```bash\nsnakemake publish --config experiment=demo\n```" in content
 
 
+def test_the_weights_that_training_went_on_from_are_named():
+    text = card.render(card_facts(origin="deepseek-ai/DeepSeek-V3-Base@0123abc"))
+    assert "going on from the weights of\n`deepseek-ai/DeepSeek-V3-Base@0123abc`" in text
+    assert ModelCard(text).data.base_model == "deepseek-ai/DeepSeek-V3-Base"
+    local = card.render(card_facts(origin="my-folder"))
+    assert "`my-folder`" in local
+    assert ModelCard(local).data.base_model is None
+    assert "from scratch" in card.render(card_facts())
+
+
 def test_a_local_folder_is_loaded_without_a_revision():
     content = card.render(card_facts(repo_id=None, measurements=[]))
     assert 'from_pretrained("path/to/this/folder")' in content and "Not evaluated." in content
@@ -137,3 +148,23 @@ def test_free_text_breaks_neither_table_nor_front_matter_nor_fence():
     assert len(row) == 4
     assert all(len(row) == 2 for row in rows(content, "Architecture"))
     assert "````bash\necho '```'\necho done\n````" in content
+
+
+def test_one_results_file_makes_table_model_index_and_eval_results():
+    """The three agree, since they are made from the same lines; only a task with a data set on the Hub gets a file."""
+    score = {"value": 0.41, "low": 0.38, "high": 0.44}
+    task = {"metric": "acc", "score": score, "chance": 0.25, "items": 900, "measures": "four choices"}
+    models = {"model": {"value": 1.2, "low": 1.1, "high": 1.3}, "bigram": {"value": 2.3}}
+    results = {
+        "bits_per_byte": {"kinds": {"code": {"models": models, "documents": 12}}},
+        "tasks": {"hub": {**task, "dataset_id": "owner/questions"}, "own": task},
+    }
+    facts = card_facts(measurements=list(measurements(results)))
+    content = card.render(facts)
+    table = {row[0]: row[4] for row in rows(content, "Evaluation")[2:]}
+    index = {one.task_name: one.metric_value for one in ModelCard(content).data.eval_results}
+    assert table == {name: f"{value:.4g}" for name, value in index.items()}
+    assert index == {"Bits per byte, code": 1.2, "hub": 0.41, "own": 0.41}
+    ((name, text),) = card.eval_result_files(facts).items()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert (name, entry.dataset_id, entry.value) == ("owner-questions.yaml", "owner/questions", index["hub"])

@@ -7,17 +7,16 @@ neither break a table nor bring in HTML, links or front matter. Scores go into t
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import CardData, EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from headrace.publication.facts import CardFacts, Measurement
 
-_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _TAGS = ("headrace", "deepseek_v3", "moe")
 _FORMATS = {"fp8": "FP8: E4M3 in blocks of 128 x 128 with FP32 scales, the rest in BF16"}
 
@@ -28,6 +27,14 @@ class _Markdown(str):
 
 def render(facts: CardFacts) -> str:
     """README.md: metadata between `---` lines, then the card."""
+    baselines = list(dict.fromkeys(name for m in facts.measurements for name in m.baselines))
+    derived = {"baselines": baselines, "source": facts.repo_id or "path/to/this/folder"}
+    values = vars(facts) | derived | {"format": _FORMATS.get(facts.dtype, facts.dtype)}
+    return filled("card.md.jinja", metadata(facts), values)
+
+
+def filled(name: str, head: CardData, values: Mapping[str, Any]) -> str:
+    """A template of this room with its values, below its metadata."""
     environment = jinja2.Environment(
         finalize=_escape,
         undefined=jinja2.StrictUndefined,
@@ -37,11 +44,8 @@ def render(facts: CardFacts) -> str:
     )
     environment.filters |= {"count": _count, "number": _number, "duration": _duration}
     environment.filters |= {"code": _code, "literal": _literal, "block": _block}
-    baselines = list(dict.fromkeys(name for m in facts.measurements for name in m.baselines))
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    derived = {"baselines": baselines, "source": facts.repo_id or "path/to/this/folder"}
-    body = template.render(vars(facts) | derived | {"format": _FORMATS.get(facts.dtype, facts.dtype)})
-    return f"---\n{metadata(facts).to_yaml()}\n---\n{body.rstrip()}\n"
+    template = environment.from_string(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    return f"---\n{head.to_yaml()}\n---\n{template.render(values).rstrip()}\n"
 
 
 def metadata(facts: CardFacts) -> ModelCardData:
@@ -52,6 +56,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         language=list(facts.languages) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
+        base_model=facts.origin.partition("@")[0] if facts.origin and "/" in facts.origin else None,
         tags=[*_TAGS, *(["fp8"] if facts.dtype == "fp8" else []), *facts.tags],
         model_name=facts.title,
         eval_results=[_eval_result(m) for m in facts.measurements] or None,

@@ -59,4 +59,5 @@ class CardFacts:
     command: str  # reproduces the model
     languages: Sequence[str] = ()  # ISO 639-1, or "code"
     tags: Sequence[str] = ()
+    origin: str | None = None  # what training went on from: owner/name@commit, or a folder's or run's name
     limits: Sequence[str] = ()  # what else to know before use, one sentence each

@@ -17,8 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from headrace.artifacts.files import read_json
 from headrace.artifacts.tensors import open_tensors
+from headrace.conversion.hub_config import refuse_unknown_keys
 from headrace.errors import UserError
 from headrace.tracking.redact import find_secrets
 
@@ -30,12 +33,28 @@ _ALLOWED: tuple[tuple[str, int], ...] = (  # name, most bytes
     (r"tokenizer\.json|model\.safetensors\.index\.json", 64 * MIB),
     (r"model(?:-\d{5}-of-\d{5,6})?\.safetensors", 50 * GIB),
 )
-_CODE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".joblib", ".sh")
+_DATASET: tuple[tuple[str, int], ...] = (
+    (r"README\.md|LICENSE", MIB),
+    (r"headrace\.json|dataset\.json", 64 * MIB),
+    (r"data/[a-z0-9][\w.-]{0,200}\.(?:arrow|bin|idx)", 50 * GIB),
+)
+CODE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".joblib", ".sh")
 _MAX_FILES = 10_000
-_LOADER_KEYS = {"auto_map", "trust_remote_code", "custom_pipelines"}
+_MAX_DEPTH = 100  # of nested JSON; Python itself gives up near 1000
+LOADER_KEYS = {"auto_map", "trust_remote_code", "custom_pipelines"}
 _WORD = re.compile(r"[A-Za-z0-9+=_-]{32,}")
 _MIN_ENTROPY = 4.3  # bits per character; 32 random letters and digits have about 4.6
 _MIN_CHANGES = 0.42  # share of neighbours of different kind; random letters and digits 0.62, words stuck together 0.35
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases: a few lines of them, merged into each other, grow beyond all memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse a node that stands for another one."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
 
 
 def inspect(folder: Path) -> list[str]:
@@ -43,15 +62,30 @@ def inspect(folder: Path) -> list[str]:
 
     Raises `UserError` that names the first file which may not, and why.
     """
+    names = _inspect(folder, _ALLOWED)
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise UserError(f"{folder}: publish: no model here (config.json and model*.safetensors are needed)")
+    refuse_unknown_keys(folder / "config.json", read_json(folder / "config.json"))
+    return names
+
+
+def inspect_dataset(folder: Path) -> list[str]:
+    """The files of a token data set's tree that may go out, as `inspect`; tokens are numbers and not searched."""
+    names = _inspect(folder, _DATASET)
+    if "README.md" not in names or not any(name.startswith("data/") for name in names):
+        raise UserError(f"{folder}: publish: no data set here (README.md and data/ are needed)")
+    return names
+
+
+def _inspect(folder: Path, allowed: tuple[tuple[str, int], ...]) -> list[str]:
     names = sorted(_walk(folder))
     if len(names) > _MAX_FILES:
         raise UserError(f"{folder}: publish: {len(names)} files are too many; at most {_MAX_FILES}")
     for name in names:
-        _check_name(folder, name)
+        _check_name(folder, name, allowed)
     for name in names:
-        _check_content(folder / name, name)
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{folder}: publish: no model here (config.json and model*.safetensors are needed)")
+        if not name.startswith("data/"):
+            _check_content(folder / name, name)
     return names
 
 
@@ -69,13 +103,13 @@ def _walk(folder: Path) -> Iterator[str]:
             raise _refusal(path, "is not an ordinary file")
 
 
-def _check_name(folder: Path, name: str) -> None:
+def _check_name(folder: Path, name: str, allowed: tuple[tuple[str, int], ...]) -> None:
     path = folder / name
-    limit = next((size for pattern, size in _ALLOWED if re.fullmatch(pattern, name)), None)
-    if limit is None and name.lower().endswith(_CODE):
+    limit = next((size for pattern, size in allowed if re.fullmatch(pattern, name)), None)
+    if limit is None and name.lower().endswith(CODE):
         raise _refusal(path, "code and formats that can run code are never published")
     if limit is None:
-        raise _refusal(path, "is not on the list of files that a model repository may hold (publication/gate.py)")
+        raise _refusal(path, "is not on the list of files that this repository may hold (publication/gate.py)")
     if path.stat().st_size > limit:
         raise _refusal(path, f"has {path.stat().st_size} bytes, more than the {limit} allowed for it")
 
@@ -91,24 +125,39 @@ def _check_content(path: Path, name: str) -> None:
     _check_secrets(path, text)
     if not name.endswith(".json"):
         _check_entropy(path, text)
+        if name == "README.md" and (wrong := front_matter_problem(text)):
+            raise _refusal(path, wrong)
         return
     value = read_json(path)
+    if not isinstance(value, dict):
+        raise _refusal(path, "is no JSON object")
     if name == "tokenizer.json":
         value = {key: item for key, item in value.items() if key not in ("model", "added_tokens")}
-    _check_keys(path, value, private="config" in name)
+    if wrong := keys_problem(value, private="config" in name):
+        raise _refusal(path, wrong)
     _check_entropy(path, json.dumps(value, ensure_ascii=False))
 
 
-def _check_keys(path: Path, value: Any, private: bool) -> None:
-    """Refuse keys that make a loader run code; in configurations also those that start with an underscore."""
-    if isinstance(value, list):
-        for item in value:
-            _check_keys(path, item, private)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key in _LOADER_KEYS or (private and key.startswith("_")):
-                raise _refusal(path, f"holds the key {key!r}, which loaders act upon; remove it")
-            _check_keys(path, item, private)
+def keys_problem(value: Any, private: bool, depth: int = 0) -> str | None:
+    """Which key of a JSON value makes a loader run code, if any; with `private`, a leading underscore does."""
+    if depth > _MAX_DEPTH:
+        return f"is nested more than {_MAX_DEPTH} deep"
+    items = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+    for key in value if isinstance(value, dict) else ():
+        if key in LOADER_KEYS or (private and key.startswith("_")):
+            return f"holds the key {key!r}, which loaders act upon; remove it"
+    found = (keys_problem(item, private, depth + 1) for item in items if isinstance(item, dict | list))
+    return next((wrong for wrong in found if wrong), None)
+
+
+def front_matter_problem(text: str) -> str | None:
+    """What is wrong with the metadata at the head of a card; it may have none."""
+    found = re.match(r"---\r?\n(.*?)^---\s*$", text, re.DOTALL | re.MULTILINE)
+    try:
+        metadata = _PlainLoader(found[1]).get_single_data() if found else {}
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        return f"its metadata is no plain YAML ({type(error).__name__}); correct what stands between the --- lines"
+    return None if isinstance(metadata, dict) else "its metadata is no mapping of keys to values"
 
 
 def _check_secrets(path: Path, text: str) -> None:

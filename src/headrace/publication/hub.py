@@ -10,19 +10,23 @@
 Someone else's commit in between makes the Hub refuse ours. A push that was cut off anywhere has published nothing or a
 whole commit; the next one ends it. The token comes from the environment and goes nowhere else.
 
-Models and kernels are repositories of different types; `MODEL` and `KERNEL` hold the difference.
+A data set of many shards goes into a pull request instead, some files to a commit; a later push goes on in the same
+one. When all of it is there and the same, it is merged at once: main holds the old data or the new.
+
+Models, kernels and data sets are repositories of different types; `Kind` holds the difference.
 """
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.constants import REPO_TYPE_KERNEL, REPO_TYPE_MODEL, REPO_TYPES_URL_PREFIXES
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, get_token
+from huggingface_hub.constants import REPO_TYPE_DATASET, REPO_TYPE_KERNEL, REPO_TYPE_MODEL, REPO_TYPES_URL_PREFIXES
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
@@ -41,10 +45,12 @@ class Kind:
     repo_type: str
     inspect: Callable[[Path], list[str]]
     prefix: str
+    files_per_commit: int | None = None  # into a pull request; null: all in one commit to the branch
 
 
 MODEL = Kind(REPO_TYPE_MODEL, gate.inspect, "publish.repo_id=")
 KERNEL = Kind(REPO_TYPE_KERNEL, kernels.inspect, "publish.kernels: ")
+DATASET = Kind(REPO_TYPE_DATASET, gate.inspect_dataset, "publish.dataset=", files_per_commit=50)
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,22 @@ def push(
     names = kind.inspect(folder)
     fingerprint, hashes = _read_verified(folder, names)
     where = f"{kind.prefix}{repo_id}"
+    with writing_client(where, endpoint) as api:
+        return _Push(api, folder, hashes, repo_id, kind, branch, fingerprint, where).run(private, message)
+
+
+@contextmanager
+def writing_client(where: str, endpoint: str | None = None) -> Iterator[HfApi]:
+    """The Hub's client with the environment's token; what goes wrong within becomes an error that begins with `where`.
+
+    Raises what `push` raises.
+    """
     token = get_token()
     if token is None:
         raise UserError(f"{where}: no Hub token; set HF_TOKEN to one that may write there")
     api = HfApi(endpoint=endpoint, token=token)
     try:
-        return _Push(api, folder, hashes, repo_id, kind.repo_type, branch, fingerprint, where).run(private, message)
+        yield api
     except OfflineModeIsEnabled:
         raise UserError(f"{where}: HF_HUB_OFFLINE is set; unset it to publish") from None
     except (UserError, ConnectionError):
@@ -94,19 +110,32 @@ def push(
         _explain(error, where, api.endpoint)
 
 
+def is_same(path: Path, sha256: str, remote: RepoFile | None) -> bool:
+    """Whether the Hub holds the local file `path`, whose SHA-256 is given in hexadecimal digits."""
+    if remote is None or remote.size != path.stat().st_size:
+        return False
+    if remote.lfs is not None:
+        return bool(remote.lfs.sha256 == sha256)
+    return bool(remote.blob_id == _git_hash(path.read_bytes()))
+
+
 @dataclass(frozen=True)
 class _Push:
     api: HfApi
     folder: Path
     hashes: dict[str, str]  # sha256 of every file
     repo_id: str
-    repo_type: str
+    kind: Kind
     branch: str
     fingerprint: str
     where: str  # how messages begin
 
+    @property
+    def repo_type(self) -> str:
+        return self.kind.repo_type
+
     def run(self, private: bool, message: str) -> Publication:
-        self.api.create_repo(self.repo_id, repo_type=self.repo_type, private=private, exist_ok=True)
+        self.api.create_repo(self.repo_id, repo_type=self.repo_type, private=True, exist_ok=True)
         info = self.api.repo_info(self.repo_id, repo_type=self.repo_type)
         if private and not info.private:
             self._refuse("is public, and publish.private is true; make it private there, or set publish.private=false")
@@ -115,7 +144,12 @@ class _Push:
         wanted = [name for name in self.hashes if not self._is_same(name, remote.get(name))]
         stale = sorted((self._earlier(head, remote) & remote.keys()) - self.hashes.keys())
         changed = bool(wanted or stale)
-        commit = self._commit(wanted, stale, message, parent=head) if changed else head
+        if not changed:
+            commit = head
+        elif self.kind.files_per_commit:
+            commit = self._merge(wanted, stale, message, self.kind.files_per_commit)
+        else:
+            commit = self._commit(wanted, stale, message, self.branch, parent=head)
         self._compare(commit)
         self._tag(commit)
         url = f"{self.api.endpoint}/{REPO_TYPES_URL_PREFIXES.get(self.repo_type, '')}{self.repo_id}"
@@ -147,14 +181,35 @@ class _Push:
         return set()
 
     def _is_same(self, name: str, remote: RepoFile | None) -> bool:
-        path = self.folder / name
-        if remote is None or remote.size != path.stat().st_size:
-            return False
-        if remote.lfs is not None:
-            return bool(remote.lfs.sha256 == self.hashes[name])
-        return bool(remote.blob_id == _git_hash(path.read_bytes()))
+        return is_same(self.folder / name, self.hashes[name], remote)
 
-    def _commit(self, wanted: list[str], stale: list[str], message: str, parent: str) -> str:
+    def _merge(self, wanted: list[str], stale: list[str], message: str, most: int) -> str:
+        """Bring the files into a pull request, `most` to a commit, and merge it when it holds them all."""
+        pull = self._pull_request(message)
+        reference = f"refs/pr/{pull.num}"
+        there = self._tree(reference)
+        missing = [name for name in wanted if not self._is_same(name, there.get(name))]
+        for first in range(0, len(missing), most):
+            self._commit(missing[first : first + most], [], message, reference)
+        if gone := [name for name in stale if name in there]:
+            self._commit([], gone, message, reference)
+        self._compare(reference)
+        if pull.status == "draft":
+            self.api.change_discussion_status(self.repo_id, pull.num, new_status="open", repo_type=self.repo_type)
+        self.api.merge_pull_request(self.repo_id, pull.num, repo_type=self.repo_type)
+        return self._head()
+
+    def _pull_request(self, title: str) -> Discussion:
+        """Ours of this title that is not merged, or a new one; on public repositories others may open some too."""
+        me = self.api.whoami()["name"]
+        for found in self.api.get_repo_discussions(self.repo_id, author=me, repo_type=self.repo_type):
+            if found.is_pull_request and found.title == title and found.status in ("open", "draft"):
+                return found
+        return self.api.create_pull_request(self.repo_id, title, repo_type=self.repo_type)
+
+    def _commit(
+        self, wanted: list[str], stale: list[str], message: str, revision: str, parent: str | None = None
+    ) -> str:
         operations: list[CommitOperationAdd | CommitOperationDelete] = []
         operations += [CommitOperationAdd(name, self.folder / name) for name in wanted]
         operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
@@ -163,7 +218,7 @@ class _Push:
             operations,
             commit_message=message,
             repo_type=self.repo_type,
-            revision=self.branch,
+            revision=revision,
             parent_commit=parent,
         )
         return str(done.oid)
@@ -202,15 +257,14 @@ def _read_verified(folder: Path, names: list[str]) -> tuple[str, dict[str, str]]
 
 def _explain(error: BaseException, where: str, endpoint: str) -> NoReturn:
     """Raise what the user can act upon; uploads wrap the Hub's answer in other exceptions."""
-    if isinstance(error, httpx2.TransportError):
-        raise ConnectionError(f"{where}: cannot reach {endpoint} ({error}); publish again") from error
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HfHubHTTPError):
-        cause = cause.__cause__
-    if cause is None:
+    causes = list(_causes(error))
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if answer is None:
+        if lost := next((cause for cause in causes if isinstance(cause, httpx2.TransportError)), None):
+            raise ConnectionError(f"{where}: cannot reach {endpoint} ({lost}); publish again") from error
         raise error
-    status = cause.response.status_code
-    reason = (cause.server_message or "no reason given").strip().replace("\n", " ")
+    status = answer.response.status_code
+    reason = (answer.server_message or "no reason given").strip().replace("\n", " ")
     if status == 401:
         raise UserError(
             f"{where}: the Hub does not accept this token (401: {reason}); set HF_TOKEN to a valid one"
@@ -226,6 +280,12 @@ def _explain(error: BaseException, where: str, endpoint: str) -> NoReturn:
     raise ConnectionError(
         f"{where}: the Hub failed ({status}: {reason}); publish again, nothing is half done"
     ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _git_hash(data: bytes) -> str:

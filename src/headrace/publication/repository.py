@@ -65,10 +65,11 @@ def _fill(
         (target / ".eval_results").mkdir()
     for name, text in scores.items():
         write_atomic(target / ".eval_results" / name, text.encode())
-    write_json(target / MANIFEST, {"schema": 1, "fingerprint": facts.fingerprint, "files": _describe(target)})
+    write_json(target / MANIFEST, {"schema": 1, "fingerprint": facts.fingerprint, "files": describe(target)})
 
 
-def _describe(folder: Path) -> dict[str, dict[str, str | int]]:
+def describe(folder: Path) -> dict[str, dict[str, str | int]]:
+    """Size and sha256 of every file in a folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): {

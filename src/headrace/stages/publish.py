@@ -1,4 +1,8 @@
-"""publish: the converted model as a repository with card and scores, in a local folder and, where asked, on the Hub."""
+"""publish: the converted model as a repository with card and scores, in a local folder and, where asked, on the Hub.
+
+Where `publish.dataset` names a data set repository, the token shards go there. Where `publish.cache` names one, so do
+the artifacts of all stages before this one, for other machines to fetch (`launch.fetch`) instead of making them.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -6,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import read_json, write_json
 from headrace.config.schema import Config
 from headrace.conversion.export import INDEX
@@ -15,13 +20,17 @@ from headrace.conversion.names import hub_tensors
 from headrace.errors import UserError
 from headrace.planning.describe import run_flops
 from headrace.planning.parameters import count
+from headrace.publication.cache import Stored, store
 from headrace.publication.facts import CardFacts, DataSource, Measurement
-from headrace.publication.hub import KERNEL, push
+from headrace.publication.hub import DATASET, KERNEL, push
 from headrace.publication.kernels import KernelRepository, build_kernel_repositories, sources
 from headrace.publication.repository import build_repository
+from headrace.publication.token_dataset import DatasetFacts, build_dataset
 from headrace.stages import provenance
+from headrace.stages.cache import files_of
 from headrace.stages.convert import trained_state
 from headrace.stages.evaluate import rows_read
+from headrace.stages.imported import origin
 from headrace.stages.run import Door, Outcome, Run, main
 
 PUBLICATION = "publication.json"
@@ -52,10 +61,47 @@ def body(run: Run) -> Outcome:
         listed = [known | _push_kernel(one, settings.private) for known, one in zip(listed, kernels, strict=True)]
     if kernels:
         where += f"; {len(kernels)} kernel repositories of {owner}"
-    write_json(run.output / PUBLICATION, {**facts, "kernels": listed})
+    data = _push_dataset(run, settings.dataset) if settings.dataset else None
+    cached = _store(run, settings.cache) if settings.cache else {}
+    if cached:
+        where += f"; {list(cached.values()).count('pushed')} of {len(cached)} artifacts new in {settings.cache}"
+    write_json(run.output / PUBLICATION, {**facts, "kernels": listed, "dataset": data, "cache": cached})
     size = sum(path.stat().st_size for path in repository.rglob("*") if path.is_file())
     summary = {"repo_id": settings.repo_id, "files": len(files), "bytes": size}
     return Outcome(f"{len(files)} files, {size / 1e6:,.1f} MB, {where}", summary)
+
+
+def _push_dataset(run: Run, repo_id: str) -> dict[str, Any]:
+    """Publish the token shards; the tree is made anew where an earlier attempt was cut off, and is then the same."""
+    config, tree = run.config, run.folder / "dataset.partial"
+    made = read_json(run.parents["tokenize"].folder / "provenance.json")
+    facts = DatasetFacts(
+        title=config.publish.title,
+        license=config.publish.license,
+        repo_id=repo_id,
+        model=config.publish.repo_id,
+        fingerprint=run.place.fingerprint,
+        view=config.publish.dataset_view,
+        sources=list(data_sources(read_json(run.input("corpus") / "corpus.json"))),
+        versions=made["versions"],
+        code_version=_code_version(made["code"]),
+        command=run.command,
+    )
+    manifests.discard(tree)
+    build_dataset(tree, run.input("tokenize"), facts)
+    message = f"{facts.title}: tokens, {facts.fingerprint}"
+    pushed = push(tree, repo_id, private=config.publish.private, message=message, kind=DATASET)
+    manifests.discard(tree)
+    return asdict(pushed)
+
+
+def _store(run: Run, repo_id: str) -> dict[str, Stored]:
+    """Put every stage before this one into the cache `repo_id`, in the order in which they were made."""
+    found: dict[str, Stored] = {}
+    for name, place in run.parents.items():
+        files = files_of(place, manifests.verify(place.artifact))
+        found[name] = store(repo_id, f"{place.stage}/{place.fingerprint}", files)
+    return found
 
 
 def _kernel_facts(one: KernelRepository) -> dict[str, Any]:
@@ -105,6 +151,7 @@ def card_facts(run: Run) -> CardFacts:
         code_version=_code_version(trained["code"]),
         command=run.command,
         languages=["en", "code"] if config.corpus.source == "environment" else [],
+        origin=origin(config.train.from_, run.place.folder.parents[1]),
         limits=list(_limits(config)),
     )
 
@@ -137,7 +184,10 @@ def source_licence(name: str, packages: dict[str, Any]) -> str:
 
 
 def measurements(results: dict[str, Any]) -> Iterator[Measurement]:
-    """Bits per byte by kind and the tasks' scores, as the card's table shows them."""
+    """Bits per byte by kind and the tasks' scores, as the card's table shows them.
+
+    A task that names its data set on the Hub (`dataset_id`) gets a file in `.eval_results/` too.
+    """
     for kind, entry in results["bits_per_byte"]["kinds"].items():
         models = entry["models"]
         baselines = {name: other["value"] for name, other in models.items() if name != "model"}
@@ -150,7 +200,7 @@ def measurements(results: dict[str, Any]) -> Iterator[Measurement]:
         chance = {"chance": task["chance"]} if task["chance"] is not None else {}
         score = task["score"]
         yield Measurement(
-            name, task["measures"], None, task["metric"],
+            name, task["measures"], task.get("dataset_id"), task["metric"],
             score["value"], score["low"], score["high"], task["items"], chance,
         )  # fmt: skip
 

@@ -1,0 +1,170 @@
+"""Token shards as a data set repository: the view, the card, one pull request however often the push is cut off."""
+
+import json
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub import DatasetCard, HfApi
+
+from headrace.artifacts import manifest as manifests
+from headrace.artifacts.files import write_json
+from headrace.errors import UserError
+from headrace.publication import hub as hub_module
+from headrace.publication.facts import DataSource
+from headrace.publication.gate import inspect_dataset
+from headrace.publication.hub import DATASET, push
+from headrace.publication.token_dataset import DatasetFacts, build_dataset
+from headrace.tokens.indexed import IndexedWriter
+from loopback_hub import CUT, LOST
+from publication.publication_fixtures import FINGERPRINT, local_files
+
+_REPO = "me/tokens"
+_REMOTE = f"datasets/{_REPO}"
+SHARDS = {f"train-{number:05d}-of-00005": 30 + number for number in range(5)} | {"heldout-00000-of-00001": 7}
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own uploads
+
+
+@pytest.fixture(name="tokens", scope="module")
+def _tokens(tmp_path_factory):
+    """As the tokenize stage leaves it."""
+    folder, splits = tmp_path_factory.mktemp("tokenize"), {}
+    for name, count in SHARDS.items():
+        rows = [[*range(2, 2 + number % 9), 1] for number in range(count)]
+        with IndexedWriter(folder / name) as writer:
+            ids = np.array([id_ for row in rows for id_ in row], np.int32)
+            writer.add(ids, np.array([len(row) for row in rows], np.int32))
+        shard = {"name": name, "tokens": len(ids), "documents": count}
+        splits.setdefault(name.split("-")[0], {"shards": []})["shards"].append(shard)
+    write_json(folder / "dataset.json", {"eos": 1, "tokenizer": "sha256:0123", "splits": splits})
+    manifests.build(folder, kind="tokenize", producer={}, inputs={}, summary={})
+    return folder
+
+
+def facts(view="arrow", **changes):
+    sources = [DataSource("numpy | x", "BSD-3-Clause", 410, 5_123_456), DataSource("stdlib", "PSF-2.0", 9, 90)]
+    known = {"repo_id": _REPO, "model": "me/small", "fingerprint": FINGERPRINT, "view": view, "sources": sources}
+    known |= {"versions": {"tokenizers": "0.23"}, "code_version": "abc", "command": "snakemake"}
+    return DatasetFacts(**({"title": "Small", "license": "other"} | known | changes))
+
+
+@pytest.fixture(name="trees", scope="module")
+def _trees(tokens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trees")
+    for view in ("arrow", "megatron"):
+        build_dataset(folder / view, tokens, facts(view))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_commits(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+
+def publish(hub, tree, most=3):
+    kind = hub_module.Kind(DATASET.repo_type, DATASET.inspect, DATASET.prefix, files_per_commit=most)
+    return push(tree, _REPO, private=True, message=f"Small: tokens, {FINGERPRINT}", endpoint=hub.url, kind=kind)
+
+
+def held(hub, revision="main"):
+    repository = hub.repositories[_REMOTE]
+    files = repository.commits[repository.resolve(revision)]
+    return {path: blob.data for path, blob in files.items() if path != ".gitattributes"}
+
+
+def test_the_card_says_where_the_text_is_from_and_loads_as_the_hub_loads_it(trees):
+    card = DatasetCard((trees / "arrow" / "README.md").read_text())
+    assert (card.data.license, card.data.license_name) == ("other", "see-sources")
+    assert card.data.size_categories == ["n<1K"]
+    (only,) = card.data.configs
+    assert {one["split"]: one["path"] for one in only["data_files"]} == {
+        "train": "data/train-*.arrow",
+        "heldout": "data/heldout-*.arrow",
+    }
+    for line in (
+        r"| numpy \| x | BSD-3-Clause | 410 | 5,123,456 |",
+        "| stdlib | PSF-2.0 | 9 | 90 |",
+        "| train | 160 |",
+    ):
+        assert line in card.text
+    assert "the one of `me/small`" in card.text
+    assert "configs" not in DatasetCard((trees / "megatron" / "README.md").read_text()).data.to_dict()
+
+
+def test_the_view_is_whole_and_names_no_place_on_this_machine(trees, tokens):
+    loaded = datasets.load_dataset(str(trees / "arrow"), cache_dir=str(trees / "cache"))
+    assert {name: len(split) for name, split in loaded.items()} == {"train": 160, "heldout": 7}
+    assert loaded["train"][3]["input_ids"] == [2, 3, 4, 1]
+    for name in SHARDS:
+        assert (trees / "megatron" / "data" / f"{name}.bin").samefile(tokens / f"{name}.bin")
+    for tree in ("arrow", "megatron"):
+        for name, data in local_files(trees / tree).items():
+            assert name.startswith("data/") or str(trees).encode() not in data, name
+        told = json.loads((trees / tree / "headrace.json").read_text())["files"]
+        assert set(told) == set(local_files(trees / tree)) - {"headrace.json"}
+
+
+@pytest.mark.parametrize("name", ["data/evil.py", "script.py", "data/x/a.arrow", "data/../a.bin", "loading.json"])
+def test_what_is_no_data_stays_here(trees, tmp_path, name):
+    for source, data in local_files(trees / "arrow").items():
+        (tmp_path / source).parent.mkdir(exist_ok=True)
+        (tmp_path / source).write_bytes(data)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="publish:"):
+        inspect_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("view", ["arrow", "megatron"])
+def test_it_goes_through_one_pull_request_and_is_merged_and_tagged(view, hub, trees, tmp_path):
+    tree = trees / view
+    done = publish(hub, tree)
+    repository = hub.repositories[_REMOTE]
+    assert repository.private and done.changed
+    assert held(hub) == held(hub, FINGERPRINT) == local_files(tree)
+    (pull,) = repository.pulls.values()
+    assert pull.merged == repository.head == done.commit
+    assert repository.messages[1:] == [pull.title] * (1 + -(-len(local_files(tree)) // 3))
+    again = publish(hub, tree)
+    assert not again.changed and len(repository.pulls) == 1
+    loaded = huggingface_hub.snapshot_download(
+        _REPO, repo_type="dataset", revision=FINGERPRINT, endpoint=hub.url, token=hub.token, cache_dir=tmp_path
+    )
+    fetched = local_files(Path(loaded))
+    fetched.pop(".gitattributes")
+    assert fetched == local_files(tree)
+
+
+@pytest.mark.parametrize("fault", [403, 500, CUT, LOST])
+def test_cut_off_at_any_request_it_goes_on_in_the_same_pull_request(fault, hub, trees):
+    tree = trees / "arrow"
+    expected = local_files(tree)
+    for at in range(1, 100):
+        hub.repositories.clear()
+        hub.objects.clear()
+        hub.requests.clear()
+        hub.fail("*", "", fault, at=at)
+        try:
+            publish(hub, tree)
+        except (UserError, ConnectionError) as error:
+            assert len(str(error).splitlines()) == 1
+        hub.unfail()
+        if len(hub.requests) < at:
+            break
+        assert _REMOTE not in hub.repositories or held(hub) in ({}, expected)
+        publish(hub, tree)
+        assert held(hub) == held(hub, FINGERPRINT) == expected
+        assert len(hub.repositories[_REMOTE].pulls) == 1
+    assert at > 20, "a push asks for more than that"
+
+
+def test_another_persons_pull_request_of_the_same_title_is_not_gone_on_with(hub, trees, monkeypatch):
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    api.create_repo(_REPO, repo_type="dataset", private=True)
+    api.create_pull_request(_REPO, f"Small: tokens, {FINGERPRINT}", repo_type="dataset")
+    hub.repositories[_REMOTE].pulls[1].author = "somebody"
+    publish(hub, trees / "arrow")
+    assert hub.repositories[_REMOTE].pulls[1].merged is None
+    assert hub.repositories[_REMOTE].pulls[2].merged is not None
