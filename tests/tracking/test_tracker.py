@@ -75,7 +75,7 @@ def fake_wandb(folder, body):
     package = folder / "fake" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(body)
-    return str(folder / "fake")
+    return os.pathsep.join([str(folder / "fake"), os.environ.get("PYTHONPATH", "")])
 
 
 def test_a_broken_wandb_costs_one_warning(tmp_path, monkeypatch):

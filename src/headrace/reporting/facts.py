@@ -6,10 +6,11 @@ is shown as such, never as zero. Mappings keep the order in which they are given
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.pipeline.timeline import Span
+from headrace.reporting.data_facts import Data
 
 Point = tuple[float, float]
 """(training tokens seen so far, value)."""
@@ -36,48 +37,6 @@ class Stage:
     manifest_hash: str | None  # None while the stage is at work: the report's own
     inputs: Mapping[str, str]  # input name -> manifest hash
     folder: str
-
-
-@dataclass(frozen=True)
-class Amount:
-    """Documents and bytes of text under one name: a kind of text, or a source."""
-
-    name: str
-    documents: int
-    text_bytes: int
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split of the corpus. Tokens are counted per split, not per kind."""
-
-    name: str
-    documents: int
-    text_bytes: int
-    tokens: int | None
-    kinds: tuple[Amount, ...]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where text came from and under which licence."""
-
-    name: str
-    licence: str
-    documents: int
-    text_bytes: int
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data page: what was kept, what was dropped, where it came from, and the tokenizer that cut it."""
-
-    splits: tuple[Split, ...]
-    drops: Mapping[str, int]  # rule -> documents that it left out
-    sources: tuple[Source, ...]
-    refused: Mapping[str, str]  # source -> why none of it was taken
-    vocabulary: int | None
-    tokenizer_engine: str | None
 
 
 @dataclass(frozen=True)
@@ -239,6 +198,44 @@ class Evaluation:
     tasks: tuple[Task, ...]
     agreement: tuple[Agreement, ...]
     samples: tuple[Sample, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)  # task -> why it was not run
+    absent: tuple[str, ...] = ()  # what no task measures, and why
+
+
+@dataclass(frozen=True)
+class ComparedDifference:
+    """A run minus the first on the same items; None where that cannot be given."""
+
+    difference: Estimate
+    p: float | None  # against no difference, by Holm over all of the comparison
+    detectable: float | None  # the smallest true difference that would be found, with `Comparison.power`
+    found: str | None  # "better" or "worse" than the first
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One figure that all runs have."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    items: int
+    units: int  # independent ones: documents, passages or items
+    values: Mapping[str, Estimate]  # by run
+    differences: Mapping[str, ComparedDifference]  # by run, without the first
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Finished evaluations side by side; the others are compared with the first."""
+
+    first: str
+    runs: Mapping[str, tuple[str, ...]]  # run -> the settings in which it differs from the first, which stands first
+    rows: tuple[ComparedRow, ...]
+    adjusted: str  # "Holm over 12 differences"
+    power: float  # 0..1
+    left_out: tuple[str, ...]  # figures that not all runs have
+    source: str  # the file behind it
 
 
 @dataclass(frozen=True)
@@ -375,3 +372,4 @@ class ReportFacts:
     code: Mapping[str, str]  # "commit", "work tree"
     study: PrecisionStudy | None = None  # None: this report was not asked to show one
     reliability: Reliability | None = None
+    comparisons: tuple[Comparison, ...] = ()  # those that this run takes part in

@@ -1,5 +1,6 @@
 """From facts to figures: which chart shows what, with its one-sentence caption and the file it was drawn from."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,13 @@ class Figure:
     source: str
     columns: tuple[str, ...] = ()
     numbers: tuple[tuple[str, ...], ...] = ()
+    numbers_label: str = "First, lowest, highest and last value of each series"
+
+    @property
+    def command(self) -> str:
+        """What makes the file behind it, in short; the end of the page has it in full."""
+        found = re.match(r"([a-z_]+)/[0-9a-f]{12}/", self.source)
+        return f"snakemake {found[1]}" if found else ""
 
 
 def source_of(facts: ReportFacts, stage: str, file: str) -> str:
@@ -221,4 +229,5 @@ def twice(
     *,
     half: bool = False,
 ) -> Figure:
+    """A chart at the page's widths."""
     return Figure(draw(HALF if half else WIDE), draw(NARROW), half, caption, source, columns, numbers)

@@ -1,9 +1,10 @@
-"""`report.html` and the precision study's page: one file with everything inside, no script, no request to anywhere.
+"""`report.html`, and a precision study or a comparison as a page of its own: one file, no script, no request anywhere.
 
 The templates and the style sheet lie beside this module. Jinja escapes all text, figures are built of escaped parts,
 and a content security policy forbids every load but embedded images: text that slipped through would fetch nothing.
 """
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import yaml
 from markupsafe import Markup
 
 from headrace.artifacts.files import write_atomic
-from headrace.reporting import figures, layout, precision, quantities, recipe, reliability
-from headrace.reporting.facts import BitsPerByte, PrecisionStudy, ReportFacts
+from headrace.reporting import comparison, data, figures, layout, precision, quantities, recipe, reliability
+from headrace.reporting.facts import BitsPerByte, Comparison, PrecisionStudy, ReportFacts
 
 _HERE = Path(__file__).parent
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
+_TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+"""Classes of the characters that turn the direction of writing (Unicode Standard Annex 9)."""
 
 
 def render(facts: ReportFacts) -> str:
@@ -32,7 +35,18 @@ def write_report(facts: ReportFacts, path: Path) -> None:
 
 def write_study(study: PrecisionStudy, path: Path) -> None:
     """The precision study alone, as a page of its own."""
-    _write(_template("precision.html.j2").render(precision=precision.section(study), style=_style()), path)
+    shown = precision.section(study)
+    _write_alone(f"{shown['name']} · Headrace precision study", "precision_section.html.j2", path, precision=shown)
+
+
+def write_comparison(found: Comparison, path: Path) -> None:
+    """A comparison of runs alone, as a page of its own."""
+    shown = [comparison.section(found)]
+    _write_alone("Headrace: runs compared", "comparison_section.html.j2", path, comparisons=shown)
+
+
+def _write_alone(title: str, section: str, path: Path, **context: Any) -> None:
+    _write(_template("alone.html.j2").render(title=title, section=section, style=_style(), **context), path)
 
 
 def _template(name: str) -> jinja2.Template:
@@ -61,10 +75,21 @@ def _write(html: str, path: Path) -> None:
 
 
 def visible(text: str) -> str:
-    """Control characters as their pictures, which HTML can hold and a reader can see; newline and tab stay."""
-    return "".join(
-        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if c == "\x7f" else c for c in text
-    )
+    """Control characters as their pictures or numbers, so that they are seen and do nothing; newline and tab stay.
+
+    Those that turn the direction of writing are among them: with them, code reads otherwise than it runs.
+    """
+    return "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    code = ord(character)
+    if code < 32 and character not in "\n\t":
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\u2421"
+    turns = unicodedata.bidirectional(character) in _TURNS
+    return f"\u27e8U+{code:04X}\u27e9" if turns or 0x80 <= code < 0xA0 else character
 
 
 def headline_score(facts: ReportFacts) -> BitsPerByte | None:
@@ -80,7 +105,9 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
     )
     results = figures.source_of(facts, "evaluate", "results.json")
     ledger = figures.source_of(facts, "pretrain", reliability.RELIABILITY)
+    text, tokens = figures.source_of(facts, "corpus", data.CORPUS), figures.source_of(facts, "tokenize", data.DATASET)
     return {
+        "data": data.section(facts.data, text, tokens) if facts.data else None,
         "score": score,
         "verdict": figures.verdict(score.model, score.baselines).replace("xz ", f"xz{NO_BREAK_SPACE}") if score else "",
         "seconds": sum(stage.seconds or 0.0 for stage in facts.stages),
@@ -98,12 +125,21 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         "precision": precision.section(facts.study) if facts.study else None,
         "kinds": figures.kinds_figure(evaluation, results) if evaluation else None,
         "tasks": figures.task_figures(evaluation, results) if evaluation else [],
+        "contaminated": data.contaminated(facts.data),
+        "comparisons": [comparison.section(found) for found in facts.comparisons],
+        "commands": _commands(facts),
         "baselines": _baseline_names(facts),
         "paired": (paired := _paired_names(facts)),
         "paired_columns": [(f"minus {name}", True) for name in paired],
         "baseline_columns": [(name, True) for name in _baseline_names(facts)],
         "groups": {name: _yaml(tree) for name, tree in facts.config.items()},
     }
+
+
+def _commands(facts: ReportFacts) -> list[tuple[str, str]]:
+    """Every stage and the command that makes it alone, after what it needs."""
+    program, settings = facts.command.partition(" ")[::2]
+    return [(stage.name, f"{program} {stage.name} {settings}".strip()) for stage in facts.stages]
 
 
 def _baseline_names(facts: ReportFacts) -> list[str]:

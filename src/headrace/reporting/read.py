@@ -1,11 +1,10 @@
-"""From artifacts to facts: the one module that knows how other rooms write their files.
+"""From artifacts to facts: with `data` and `reliability`, all that knows how other rooms write their files.
 
 Each function reads the files of finished artifacts and returns one part of `ReportFacts`; a missing file or key is an
 error here, never a gap on the page. What a run did not make at all is for the caller to leave out.
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,8 @@ from headrace.pipeline.timeline import COMMUNICATION, Span
 from headrace.planning.parameters import count
 from headrace.reporting.facts import (
     Agreement,
-    Amount,
     Baseline,
     BitsPerByte,
-    Data,
     Difference,
     Estimate,
     Evaluation,
@@ -31,8 +28,6 @@ from headrace.reporting.facts import (
     Point,
     PrecisionStudy,
     Sample,
-    Source,
-    Split,
     Stage,
     StepTimeline,
     StudyAblation,
@@ -51,7 +46,6 @@ _CURVES = {
     "tokens_per_second": "tokens_per_second",
     "mfu": "mfu",
 }
-_SPLITS = {"train": "train", "validation": "validation", "heldout": "held-out"}
 _MEASURES = {
     "second_half": "training loss, second half",
     "end": "training loss, last step",
@@ -86,31 +80,6 @@ def read_stage(name: str, parents: tuple[str, ...], folder: Path) -> Stage:
         manifest_hash=manifest.hash,
         inputs=manifest.inputs,
         folder=str(artifact),
-    )
-
-
-def read_data(corpus: Path, tokenize: Path) -> Data:
-    """The corpus and tokenize artifacts."""
-    facts, dataset = read_json(corpus / "corpus.json"), read_json(tokenize / "dataset.json")
-    splits = tuple(
-        Split(
-            _SPLITS[name],
-            split["documents"],
-            split["bytes"],
-            dataset["splits"].get(name, {}).get("tokens"),
-            tuple(_amounts(split["kinds"])),
-        )
-        for name in _SPLITS
-        if (split := facts["splits"][name])["documents"]
-    )
-    environment = facts["environment"] or {"packages": {}, "refused": {}, "python": ""}
-    return Data(
-        splits=splits,
-        drops=facts["dropped"],
-        sources=_sources(facts["splits"], environment),
-        refused=environment["refused"],
-        vocabulary=dataset["vocab_size"],
-        tokenizer_engine=f"{dataset['engine']} {dataset['version']}",
     )
 
 
@@ -152,6 +121,8 @@ def read_evaluation(evaluate: Path) -> Evaluation:
             Sample(entry["prompt"], entry["continuation"], entry["settings"], entry["document"])
             for entry in _read_lines(evaluate / "samples.jsonl")
         ),
+        skipped=facts["skipped"],
+        absent=tuple(facts["absent"]),
     )
 
 
@@ -243,31 +214,6 @@ def _step_timeline(entry: Mapping[str, Any]) -> StepTimeline:
     spans = tuple(Span(*row) for row in entry["spans"])
     collectives = (replace(Span(*row), lane=COMMUNICATION) for row in entry.get("collectives", ()))
     return StepTimeline(spans, tuple(entry["idle"]), tuple(collectives))
-
-
-def _amounts(table: Mapping[str, Any]) -> list[Amount]:
-    """Largest first."""
-    amounts = [Amount(name, row["documents"], row["bytes"]) for name, row in table.items()]
-    return sorted(amounts, key=lambda amount: (-amount.text_bytes, amount.name))
-
-
-def _sources(splits: Mapping[str, Any], environment: Mapping[str, Any]) -> tuple[Source, ...]:
-    """All splits together, largest first; the standard library is Python's and under Python's licence."""
-    totals: dict[str, Counter[str]] = {}
-    for split in splits.values():
-        for name, row in split["sources"].items():
-            totals.setdefault(name, Counter()).update(row)
-    sources = [Source(*_origin(name, environment), row["documents"], row["bytes"]) for name, row in totals.items()]
-    return tuple(sorted(sources, key=lambda source: (-source.text_bytes, source.name)))
-
-
-def _origin(name: str, environment: Mapping[str, Any]) -> tuple[str, str]:
-    """Name with version, and licence."""
-    if name == "stdlib":
-        return f"Python standard library {environment['python']}", "PSF-2.0"
-    package = name.removeprefix("packages/")
-    declared = environment["packages"].get(package)
-    return (f"{package} {declared['version']}", declared["licence"]) if declared else (name, "not stated")
 
 
 def _estimate(entry: Mapping[str, Any]) -> Estimate:

@@ -12,6 +12,8 @@ from headrace.artifacts.files import read_json
 from headrace.config.compose import load, to_dict
 from headrace.errors import UserError
 
+IMPORTED = "imported.json"
+"""What an import, which is no stage and has no artifact, is finished with."""
 _COLUMNS = ("stage", "id", "state", "differs from the defaults", "key figures")
 
 
@@ -50,6 +52,8 @@ def _row(folder: Path, defaults: dict[str, Any]) -> tuple[str, ...]:
             state, figures = "done", " ".join(f"{key}={_short(value)}" for key, value in summary.items())
         except UserError:
             state = "damaged"
+    elif (folder / IMPORTED).exists():
+        state = "done"
     return stage_slice["stage"], folder.name, state, _clip(differing, 60), figures
 
 

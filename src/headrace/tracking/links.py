@@ -1,7 +1,7 @@
 """`run.json`: who a tracked run is, what it read and what it made.
 
-It is written when the run starts and again as it grows, and outlives W&B: the mirror takes identity, configuration and
-artifacts from it, and `sync` takes the links to the inputs, which W&B refuses to record offline.
+It is written when the run starts and again as it grows, and outlives any service: the mirror takes identity,
+configuration and artifacts from it, and `sync` the links to the inputs, which W&B refuses to record offline.
 """
 
 import json
@@ -14,6 +14,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 
 WandbMode = Literal["offline", "online", "disabled"]
+Backend = Literal["wandb", "trackio"]
 
 
 @dataclass
@@ -23,7 +24,7 @@ class RunRecord:
     run_id: str  # <stage>-<fingerprint>; also the name of the artifact that the stage makes
     group: str
     job_type: str
-    wandb: WandbMode
+    wandb: WandbMode  # of whichever back end
     project: str
     entity: str | None
     finish_seconds: float  # how long W&B may take to end
@@ -32,6 +33,7 @@ class RunRecord:
     summary: dict[str, Any] = field(default_factory=dict)
     artifacts: list[dict[str, str]] = field(default_factory=list)  # {"name", "kind", "hash", "file"} of each made
     exit_code: int | None = None  # None while it runs, or when it was killed
+    backend: Backend = "wandb"
 
     @property
     def path(self) -> str:

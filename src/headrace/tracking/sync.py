@@ -1,9 +1,10 @@
 """Bring offline runs to Weights & Biases: upload what is not there yet, then replay who read what.
 
-For every tracked run under a results folder: let the mirror make up for what it missed, upload its offline fragments
-with `wandb sync` (which marks each with a `.synced` file), and declare its inputs through W&B's public API, which the
-run itself could not do offline. What was linked is noted in `synced.json`, so a second call does nothing. All uploads
-come before the first link, since a run reads what another one made.
+For every tracked run under a results folder: let the mirror make up for what it missed; if that is W&B's, upload its
+offline fragments with `wandb sync` (which marks each with a `.synced` file) and declare its inputs through W&B's public
+API, which the run itself could not do offline. What was linked is noted in `synced.json`, so a second call does
+nothing. All uploads come before the first link, since a run reads what another one made. trackio links offline and has
+an upload of its own (`trackio sync`).
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import UserError
-from headrace.tracking import mirror
+from headrace.tracking import backends, mirror
 from headrace.tracking.links import RUN_FILE, RunRecord, alias
 
 _LINKS_FILE = "synced.json"
@@ -50,9 +51,10 @@ def sync(
     runs = {folder: record for folder, record in runs.items() if record.wandb != "disabled"}
     if not runs:
         return SyncReport(0, 0, 0, 0)
-    api = _wandb_api() if api is None else api
+    hosted = {folder: record for folder, record in runs.items() if record.backend == "wandb"}
+    api = _wandb_api() if api is None and hosted else api
     failed = {folder for folder, record in runs.items() if not _caught_up(folder, record, log)}
-    waiting = [fragment for folder in runs for fragment in _unsynced(folder)]
+    waiting = [fragment for folder in hosted for fragment in _unsynced(folder)]
     if waiting:
         (upload or _wandb_sync)(waiting)
     refused = [fragment for fragment in waiting if not _is_synced(fragment)]
@@ -60,7 +62,7 @@ def sync(
         log.warning(f"sync: {fragment}: W&B did not take it")
         failed.add(fragment.parents[1])
     linked = 0
-    for folder, record in runs.items():
+    for folder, record in hosted.items():
         count, complete = _replay(folder, record, api, log)
         linked += count
         if not complete:
@@ -76,12 +78,12 @@ def _tracked(results: Path) -> list[Path]:
 
 
 def _caught_up(folder: Path, record: RunRecord, log: logging.Logger) -> bool:
-    if not mirror.MirrorState.read(folder).is_behind(folder, record):
+    if not mirror.MirrorState.read(folder, record.backend).is_behind(folder, record):
         return True
     if mirror.is_busy(folder):
         log.warning(f"sync: {folder}: still running; sync again when it has ended")
         return False
-    environment = mirror.environment(folder, record.wandb)
+    environment = backends.environment(folder, record)
     done = subprocess.run(
         mirror.command(folder), stdin=subprocess.DEVNULL, capture_output=True, env=environment, text=True
     )
@@ -92,7 +94,7 @@ def _caught_up(folder: Path, record: RunRecord, log: logging.Logger) -> bool:
 
 def _unsynced(folder: Path) -> list[Path]:
     """Complete offline fragments that carry no mark of `wandb sync`."""
-    fragments = [folder / "wandb" / name for name in mirror.MirrorState.read(folder).fragments]
+    fragments = [folder / "wandb" / name for name in mirror.MirrorState.read(folder, "wandb").fragments]
     return [fragment for fragment in fragments if fragment.exists() and not _is_synced(fragment)]
 
 

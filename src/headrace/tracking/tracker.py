@@ -1,9 +1,9 @@
-"""The tracked run of one stage: metrics, summary and artifacts, written locally first and mirrored to W&B.
+"""The tracked run of one stage: metrics, summary and artifacts, written locally first and mirrored to W&B or trackio.
 
-Nothing here can stop or slow the stage. The JSONL is written and flushed at once; a disk that is full, a W&B that is
-missing, slow, unreachable or killed costs one warning, after which the run goes on. W&B is imported, started and ended
-by another process (`mirror`), beside the stage and not in it; what it missed is made up for by the next start or by
-`headrace.tracking.sync`.
+Nothing here can stop or slow the stage. The JSONL is written and flushed at once; a disk that is full, a service
+that is broken, slow, unreachable or killed costs one warning, after which the run goes on. The service is imported,
+started and ended by another process (`mirror`), beside the stage and not in it; what it missed is made up for by the
+next start or by `headrace.tracking.sync`.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from headrace.tracking import mirror
+from headrace.tracking import backends, mirror
 from headrace.tracking.journal import Journal
-from headrace.tracking.links import METRICS_FILE, RUN_FILE, RunRecord, WandbMode
+from headrace.tracking.links import METRICS_FILE, RUN_FILE, Backend, RunRecord, WandbMode
 from headrace.tracking.redact import Redactor
 
 
@@ -30,7 +30,8 @@ class Tracker:
     `folder` is the run's own and is used again when the stage goes on after a stop: same id, same files.
     `run_id` is `<stage>-<fingerprint>`, `group` names the pipeline run, `job_type` the stage, `config` the stage's
     slice, `inputs` the artifacts that it reads as {"name": "<stage>-<fingerprint>", "kind", "hash": manifest hash}.
-    `close` waits at most `finish_seconds` for W&B to end.
+    `backend` is where `wandb_mode` sends it, beside the JSONL. `close` waits at most `finish_seconds` for that to end.
+    Raises `UserError` where the back end is not installed: one that is asked for is never left out silently.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class Tracker:
         entity: str | None,
         log: logging.Logger,
         finish_seconds: float = 30.0,
+        backend: Backend = "wandb",
     ) -> None:
+        backends.require(backend, wandb_mode)
         self._folder, self._log = folder.resolve(), log
         self._redactor = Redactor()
         self._warned: set[str] = set()
@@ -55,12 +58,22 @@ class Tracker:
         self._mirror: subprocess.Popen[bytes] | None = None
         clean = self._redactor.tree
         self._record = RunRecord(
-            run_id, group, job_type, wandb_mode, project, entity, finish_seconds, clean(config), clean(list(inputs))
+            run_id=run_id,
+            group=group,
+            job_type=job_type,
+            wandb=wandb_mode,
+            project=project,
+            entity=entity,
+            finish_seconds=finish_seconds,
+            config=clean(config),
+            inputs=clean(list(inputs)),
+            backend=backend,
         )
+        self._service = backends.TITLES[backend]
         self._guard("metrics.jsonl", self._open_journal)
         self._guard("run.json", self._open_record)
         if wandb_mode != "disabled":
-            self._guard("W&B", self._start_mirror)
+            self._guard(self._service, self._start_mirror)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record `metrics` (name to number) of one step; steps count up, and one step may be logged in parts."""
@@ -69,7 +82,7 @@ class Tracker:
         if journal is not None:
             self._guard("metrics.jsonl", lambda: journal.write(step, time.time(), metrics))
         if self._mirror is not None and self._mirror.poll() is not None:
-            self._warn("W&B", f"its process ended early; see {self._folder / mirror.LOG_FILE}")
+            self._warn(self._service, f"its process ended early; see {self._folder / mirror.LOG_FILE}")
 
     def summary(self, metrics: Mapping[str, Any]) -> None:
         """Record JSON-ready values that describe the whole run; later ones replace earlier ones."""
@@ -89,7 +102,7 @@ class Tracker:
             self._journal.close()
             self._journal = None
         if self._mirror is not None:
-            self._guard("W&B", self._end_mirror)
+            self._guard(self._service, self._end_mirror)
             self._mirror = None
 
     def __enter__(self) -> Self:
@@ -126,7 +139,7 @@ class Tracker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                env=mirror.environment(self._folder, self._record.wandb),
+                env=backends.environment(self._folder, self._record),
                 start_new_session=True,  # an interrupt at the terminal is for the stage, which then ends the mirror
             )
 
@@ -139,10 +152,10 @@ class Tracker:
         except subprocess.TimeoutExpired:
             os.killpg(self._mirror.pid, signal.SIGKILL)
             self._mirror.wait()
-            self._warn("W&B", f"did not end within {self._record.finish_seconds:g} s")
+            self._warn(self._service, f"did not end within {self._record.finish_seconds:g} s")
         else:
             if code:
-                self._warn("W&B", f"its process failed with {code}; see {self._folder / mirror.LOG_FILE}")
+                self._warn(self._service, f"its process failed with {code}; see {self._folder / mirror.LOG_FILE}")
 
     def _guard(self, what: str, action: Callable[[], None]) -> None:
         try:
