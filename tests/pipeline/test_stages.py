@@ -4,10 +4,22 @@ import pytest
 import torch
 
 from headrace.fp8.numerics import Numerics
+from headrace.model.loss import IGNORED, inputs_of
 from headrace.model.transformer import Transformer
 from headrace.pipeline.overlap import Weights, run
 from headrace.pipeline.stages import Microbatch, Results, StagePass, split_layers
-from pipeline_runs import ALPHA, MTP, configuration, reference, rows, stages_here
+from pipeline_runs import (
+    ALPHA,
+    MTP,
+    configuration,
+    distance,
+    engine,
+    reference,
+    reference_step,
+    rows,
+    stage_gradients,
+    stages_here,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +81,29 @@ def test_scores_are_those_of_the_whole_model_and_need_no_token_beyond_their_targ
     expected = reference(config, Numerics("fp32")).token_log_probabilities(tokens)
     torch.testing.assert_close(results.log_probabilities[5], expected)
     assert not results.losses
+
+
+def test_rows_that_end_early_give_the_gradients_of_the_whole_model():
+    config, batch = configuration(), rows(configuration())
+    for row, length in zip(batch, (18, 17, 16, 11, 1, 18, 5, 16), strict=True):
+        row[length:] = IGNORED
+    found = {name: sum(parts) for name, parts in stage_gradients(config, Numerics("fp64"), batch, 1 / 8).items()}
+    model = reference(config, Numerics("fp64"))
+    reference_step(model, batch)
+    assert distance(found, {name: parameter.grad for name, parameter in model.named_parameters()}) < 1e-12
+
+
+def test_losses_are_means_over_the_targets_that_are_there():
+    config, batch = configuration(), rows(configuration())
+    for row, length in zip(batch, (18, 17, 16, 11, 1, 18, 5, 16), strict=True):
+        row[length:] = IGNORED
+    model, numerics = reference(config, Numerics("fp64")), Numerics("fp64")
+    sums, _ = reference_step(model, batch)
+    found = engine(config, numerics).step(batch, MTP, ALPHA, "step 1")
+    there = [(batch[:, ahead : ahead + 16] != IGNORED) for ahead in (1, 2)]
+    scores = model.token_log_probabilities(inputs_of(batch)[:, :17])
+    torch.testing.assert_close(found.main, -scores[there[0]].mean(), check_dtype=False)
+    torch.testing.assert_close(found.mtp.item(), sums[1] * there[1].numel() / there[1].sum().item())
+    measured = engine(config, numerics).measure(batch, "the validation")
+    torch.testing.assert_close(measured.main, found.main)
+    torch.testing.assert_close(measured.mtp, found.mtp)

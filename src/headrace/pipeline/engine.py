@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from headrace.config.phases import MAIN, batches_of, layout_of
+from headrace.config.phases import MAIN, batches_of, layout_of, microbatch_of
 from headrace.config.schema import Config
 from headrace.fp8.numerics import Numerics
 from headrace.model.initialisation import initialise_parameters
@@ -44,7 +44,11 @@ from headrace.pipeline.validate import validate
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over the whole global batch, the same on every rank, still on the device."""
+    """Means over the whole global batch, the same on every rank, still on the device.
+
+    Those of tokens are means over the targets that are there. Their gradients are of the sums over these, divided by
+    the number of all places: a constant, whatever the batch.
+    """
 
     main: Tensor  # nats per token
     mtp: Tensor  # 0 without an MTP layer
@@ -82,7 +86,7 @@ def microbatches_of(config: Config, phase: str = MAIN) -> list[int]:
     """N: microbatches of a step on each data rank, for every batch that the phase may have, ascending."""
     layout = layout_of(config.parallel, phase)
     shares = [sequences // layout.data for sequences in batches_of(config.recipe, phase)]
-    return [rows // (layout.microbatch or rows) for rows in shares]
+    return [rows // microbatch_of(layout, rows) for rows in shares]
 
 
 class Engine:
@@ -104,7 +108,7 @@ class Engine:
     ) -> None:
         self.mesh, self.device, self.config = mesh, device, config.model
         layout = layout_of(config.parallel, phase)
-        self._microbatch = layout.microbatch
+        self._layout = layout
         self._name, self._reason = schedule_of(config, phase)
         self._microbatches = microbatches_of(config, phase)[0]  # of the latest step
         self.trace, self.record = Trace(mesh.pipeline_rank, device), Record()
@@ -141,7 +145,7 @@ class Engine:
 
         `rows_RL` are this data rank's rows; `label` names the step in messages.
         """
-        size = self._microbatch or len(rows_RL)
+        size = microbatch_of(self._layout, len(rows_RL))
         parts = torch.split(rows_RL, size)
         self._microbatches = len(parts)
         weights = Weights(1 / (len(parts) * self.mesh.data), mtp_weight, balance_weight, train=True)
@@ -274,7 +278,7 @@ class Engine:
         and counts for nothing (None).
         """
         rows = len(rows_RL)
-        size = next(s for s in range(min(self._microbatch or rows, rows), 0, -1) if rows % s == 0)
+        size = next(s for s in range(min(microbatch_of(self._layout, rows), rows), 0, -1) if rows % s == 0)
         parts = torch.split(rows_RL, size)
         each = -(-len(parts) // self.mesh.data)
         mine = [self.mesh.data_rank * each + index for index in range(each)]
@@ -295,8 +299,11 @@ class Engine:
             counts[number - self._first_moe] += counts_E
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         sums = torch.stack([results.losses.get(name, zero).double() for name in ("main", "mtp", "balance")])
+        none = torch.zeros(2, dtype=torch.int64, device=self.device)
+        targets = torch.stack([results.targets.get(name, none) for name in ("main", "mtp")])
         main, mtp, balance = self._summed(sums).unbind()
-        return Losses(main, mtp, balance, self._summed(counts))
+        places, there = self._summed(targets).clamp(min=1).double().unbind(1)
+        return Losses(main * places[0] / there[0], mtp * places[1] / there[1], balance, self._summed(counts))
 
     def _summed(self, values: Tensor) -> Tensor:
         if self.mesh.world > 1:

@@ -25,7 +25,7 @@ from headrace.model import rope
 from headrace.model.dispatch import Dispatcher
 from headrace.model.experts import MoeFeedForward
 from headrace.model.layer import Layer
-from headrace.model.loss import cross_entropy, log_probabilities
+from headrace.model.loss import IGNORED, cross_entropy, inputs_of, log_probabilities
 from headrace.model.mtp import MtpLayer
 from headrace.model.norm import RMSNorm
 from headrace.model.router import Router
@@ -146,6 +146,7 @@ class Results:
     """What this rank's stages measured: losses weighted by their microbatch's share, counts, scores if asked for."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)  # sums by name: main, mtp, balance (with alpha)
+    targets: dict[str, Tensor] = field(default_factory=dict)  # int64 [2] by name: places for targets, targets there
     counts: dict[int, Tensor] = field(default_factory=dict)  # int64 [E]: tokens per expert, by number of the layer
     log_probabilities: dict[int, Tensor] = field(default_factory=dict)  # [B, T] by microbatch
 
@@ -153,6 +154,13 @@ class Results:
         """Add a loss."""
         value = value.detach() * share
         self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+    def add_of_tokens(self, name: str, value: Tensor, targets: Tensor, share: float) -> None:
+        """Add a loss of tokens, some of whose targets may be absent; a microbatch that only fills up has no share."""
+        self.add(name, value, share)
+        if share:
+            there = torch.stack([torch.ones_like(targets).sum(), (targets != IGNORED).sum()])
+            self.targets[name] = self.targets[name] + there if name in self.targets else there
 
     def count(self, layer: int, counts_E: Tensor) -> None:
         """Add a layer's tokens per expert."""
@@ -224,10 +232,14 @@ class StagePass:
         return None
 
     def _row(self, ahead: int) -> Tensor:
+        """Targets: tokens, some of which may be absent."""
         return self._given.tokens_BL[:, ahead : self._length + ahead]
 
+    def _inputs(self, ahead: int) -> Tensor:
+        return inputs_of(self._given.tokens_BL)[:, ahead : self._length + ahead]
+
     def _embed(self, embed: Embedding) -> Tensor:
-        hidden_BTD: Tensor = self._piece.forward("embedding", lambda: embed(self._row(0)))
+        hidden_BTD: Tensor = self._piece.forward("embedding", lambda: embed(self._inputs(0)))
         if self._weights.train:
             self._embedded = get_gradient_edge(hidden_BTD)
         return hidden_BTD.detach()
@@ -248,7 +260,7 @@ class StagePass:
             return normed, cross_entropy(normed.flatten(0, 1), head, targets.flatten())
 
         normed, loss = self._piece.forward("head", main)
-        results.add("main", loss, self._weights.share)
+        results.add_of_tokens("main", loss, targets, self._weights.share)
         self._head_out = [loss]
         if self._mtp is not None:
             yield from self._forward_mtp(normed, head, results)
@@ -261,7 +273,7 @@ class StagePass:
         assert mtp is not None
         assert embed is not None
         assert self._mtp is not None
-        joined = self._piece.forward("MTP join", lambda: mtp.join(embed(self._row(1)), normed_BTD))
+        joined = self._piece.forward("MTP join", lambda: mtp.join(embed(self._inputs(1)), normed_BTD))
         self._head_out.append(joined)
         ahead = self._piece.leaf((yield from self._mtp.forward(joined.detach())))
 
@@ -269,7 +281,7 @@ class StagePass:
             return cross_entropy(mtp.shared_head.norm(ahead).flatten(0, 1), head, self._row(2).flatten())
 
         loss = self._piece.forward("MTP head", later)
-        results.add("mtp", loss, self._weights.share)
+        results.add_of_tokens("mtp", loss, self._row(2), self._weights.share)
         if self._weights.train:
             self._ahead, self._mtp_loss = ahead, get_gradient_edge(loss)
 
