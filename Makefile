@@ -7,7 +7,7 @@ NEWEST_TRITON := 3.9.0
 # Two tests beside each other, each on its share of the cores (tests/conftest.py).
 BESIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-pipeline bench-checkpoint bench-gpu bench-overhead bench-seeds
+.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-pipeline bench-checkpoint bench-convert bench-tokenize bench-gpu bench-overhead bench-seeds
 
 run: setup
 	$(SNAKEMAKE)
@@ -31,7 +31,11 @@ test-fast: setup
 # All workflow faults are in one file, so its tests are shared out one by one.
 test-faults: setup
 	$(BIN)/pytest --numprocesses 2 -m "faults and workflow"
-	$(BIN)/pytest -m "faults and not workflow and not unproven"
+	$(BIN)/pytest -m "faults and not workflow"
+
+.PHONY: test-scale
+test-scale: setup
+	$(BIN)/python tests/scale/full.py
 
 .PHONY: test-faults-full soak
 test-faults-full: setup
@@ -69,6 +73,12 @@ bench-dispatch: setup
 
 bench-pipeline: setup
 	$(BIN)/python benchmarks/pipeline.py
+
+bench-tokenize: setup
+	$(BIN)/python benchmarks/tokenization.py
+
+bench-convert: setup
+	$(BIN)/python benchmarks/conversion.py
 
 bench-checkpoint: setup
 	$(BIN)/python benchmarks/checkpoint.py

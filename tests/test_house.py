@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "headrace"
 LINES = [
-    {"stages", "cli"},
+    {"cli"},
+    {"stages"},
     {"training", "evaluation", "publication", "reporting"},
     {"conversion", "planning"},
     {"pipeline", "checkpoint", "recipe"},

@@ -1,4 +1,4 @@
-"""`headrace runs | index | plan | sync | import`: results, frozen sources, figures of a plan, W&B upload, Hub folders.
+"""`headrace runs | index | plan | sync | export | import`: results, frozen sources, plans, W&B upload, other formats.
 
 Thin: each command composes the configuration, asks one room and prints. Stages are not run from here: that is
 `snakemake`, or `python -m headrace.stages.<stage>`.
@@ -7,13 +7,16 @@ Thin: each command composes the configuration, asks one room and prints. Stages 
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headrace.artifacts.files import read_json
 from headrace.config.compose import load
 from headrace.config.schema import Config
 from headrace.errors import UserError
+from headrace.stages.run import explain
 
 if TYPE_CHECKING:
     from headrace.planning.describe import Simulated
@@ -23,11 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0, or 2 with one line where the input is wrong."""
     arguments = _parser().parse_args(argv)
     try:
-        commands = {"runs": _runs, "index": _index, "plan": _plan, "sync": _sync, "import": _import}
+        commands = {"runs": _runs, "index": _index, "plan": _plan, "sync": _sync, "import": _import, "export": _export}
         text = commands[arguments.command](arguments)
-    except UserError as error:
-        print(f"headrace {arguments.command}: {error}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        code, reason = explain(error)
+        if code == 1:
+            traceback.print_exc()
+        print(f"headrace {arguments.command}: {reason}", file=sys.stderr)
+        return code
     print(text)
     return 0
 
@@ -38,22 +44,40 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("runs", "list what is in results/: stage, fingerprint, what differs from the defaults, key figures"),
         ("index", "freeze the corpus' source files as they are now, e.g. after you changed them on purpose"),
-        ("plan", "parameters, FLOPs per token, bytes and steps of a configuration, without running anything"),
+        (
+            "plan",
+            "parameters, FLOPs per token, bytes and steps of a configuration, without running anything; with "
+            "tokens.total=14.8e12 what tokenizing so much takes",
+        ),
         ("sync", "upload offline W&B runs and replay their lineage"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. experiment=tiny model=v3_671b")
-    command = commands.add_parser("import", help="turn a Hub folder of this family into a checkpoint's tensors")
-    command.add_argument("folder", type=Path, help="config.json, safetensors and their index")
-    command.add_argument("output", type=Path, help="the safetensors file to write")
+    command = commands.add_parser("export", help="a tokenized dataset as other trainers read it, in hard links")
+    command.add_argument("folder", type=Path, help="a tokenize artifact, e.g. results/latest/tokenize/artifact")
+    command.add_argument("output", type=Path, help="the folder to make")
+    command.add_argument("--format", choices=("datatrove", "olmo", "arrow"), required=True)
+    command = commands.add_parser("import", help="turn a Hub folder of this family into a checkpoint to train from")
+    command.add_argument("source", help="a folder with config.json, safetensors and tokenizer.json, or a Hub id")
+    command.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. paths.results=results")
     return parser
 
 
 def _import(arguments: argparse.Namespace) -> str:
-    from headrace.conversion.import_hub import import_
+    from headrace.reporting.runs import IMPORTED
+    from headrace.stages.imported import import_source
 
-    config = import_(arguments.folder, arguments.output)
-    return f"{arguments.output}: {config.num_hidden_layers} layers, {config.n_routed_experts} experts"
+    folder = import_source(arguments.source, load(arguments.overrides))
+    model = read_json(folder / IMPORTED)["model"]
+    shape = f"{model['num_hidden_layers']} layers, {model['n_routed_experts']} experts"
+    return f"{folder}: {shape}; train.from={folder.name}@0 goes on from it"
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    from headrace.tokens.export import export
+
+    made = export(arguments.folder, arguments.output, arguments.format)
+    return f"{arguments.output}: {made.documents:,} documents, {made.tokens:,} tokens\n{made.how_to_read}"
 
 
 def _runs(arguments: argparse.Namespace) -> str:
@@ -80,6 +104,8 @@ def _plan(arguments: argparse.Namespace) -> str:
     from headrace.recipe.schedule import Schedule
 
     config = load(arguments.overrides)
+    if config.tokens.total:
+        return text_table(_dataset(config, config.tokens.total))
     rows = plan(config, exported_bytes(config.model, config.convert.dtype, config.convert.unaligned))
     for phase in sorted(Schedule(config.recipe).phases, key=lambda phase: phase.name != MAIN):
         parallel = layout_of(config.parallel, phase.name)
@@ -87,6 +113,16 @@ def _plan(arguments: argparse.Namespace) -> str:
             least, most = _simulated(config, phase.name)
             rows += layout(config, most) if phase.name == MAIN else [phase_layout(config, phase, least, most)]
     return text_table(rows)
+
+
+def _dataset(config: Config, total: int) -> list[tuple[str, str]]:
+    """What tokenizing takes, at the speed of the newest tokenizer in the results on a sample of its corpus."""
+    from headrace.planning.dataset import dataset_rows, measure
+
+    latest = Path(config.paths.results) / "latest"
+    corpus, tokenizer = latest / "corpus" / "artifact", latest / "tokenizer" / "artifact"
+    ready = corpus.exists() and tokenizer.exists()
+    return dataset_rows(config, total, measure(corpus, tokenizer, config) if ready else None)
 
 
 def _simulated(config: Config, phase: str) -> "tuple[Simulated, Simulated]":

@@ -61,6 +61,20 @@ def test_files_that_were_hashed_as_they_were_written_are_not_read_again(
             manifests.build(tmp_path / "x", **given, known=made.files)
 
 
+def test_json_is_verified_however_large_and_other_large_files_are_left_to_their_readers(tmp_path: Path) -> None:
+    """JSON has the hashes that the readers of the others go by."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for name in ("index.json", "large.bin"):
+        (folder / name).write_text('"' + "x" * 200 + '"')
+    manifests.build(folder, kind="test", producer={}, inputs={}, summary={})
+    (folder / "large.bin").write_text('"' + "y" * 200 + '"')
+    manifests.verify(folder, hash_up_to=100)
+    (folder / "index.json").write_text('"' + "y" * 200 + '"')
+    with pytest.raises(UserError, match=r"index\.json: damaged"):
+        manifests.verify(folder, hash_up_to=100)
+
+
 def test_content_is_verified_as_it_is_read(tmp_path: Path) -> None:
     made = make(tmp_path / "x")
     assert manifests.content(tmp_path / "x", made, "a.txt") == b"hello"

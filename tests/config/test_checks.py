@@ -6,7 +6,7 @@ import pytest
 
 from headrace.config.checks import problems
 from headrace.config.compose import load
-from headrace.config.phases import batches_of, layout_of, phase_names
+from headrace.config.phases import batches_of, layout_of, microbatch_of, phase_names
 from headrace.config.recipe import BatchRampConfig
 from headrace.config.schema import PhaseLayoutConfig
 from headrace.errors import UserError
@@ -98,7 +98,7 @@ def test_the_published_layout_and_the_demo_on_two_ranks_compose(published):
     assert (microbatches_of(published), schedule_of(published)[0]) == ([120], "dualpipe")
     for experiment in ("demo", "tiny"):
         config = load([f"experiment={experiment}", "parallel=dualpipe"])
-        assert (microbatches_of(config), schedule_of(config)[0]) == ([8], "dualpipe")
+        assert (microbatches_of(config), schedule_of(config)[0]) == ([4], "dualpipe")
 
 
 def test_every_step_of_every_phase_has_a_schedule(published):
@@ -211,7 +211,8 @@ def test_an_impossible_extension_is_named(tiny, changed, named):
     def wrong(**fields):
         config = with_layout(tiny, data=2)
         recipe = replace(config.recipe, extensions=(replace(extension, **good | fields),))
-        return problems(replace(config, recipe=recipe))
+        lengths = (128, recipe.extensions[0].sequence_length)
+        return problems(replace(config, recipe=recipe, tokens=replace(config.tokens, row_lengths=lengths)))
 
     assert wrong() == []
     (line,) = wrong(**changed)
@@ -231,3 +232,68 @@ def test_a_moving_average_is_converted_only_where_one_is_kept():
     assert load([*words, "recipe.ema_decay=0.9"]).convert.weights == "ema"
     with pytest.raises(UserError, match=r"convert\.weights=ema needs recipe\.ema_decay"):
         load([*words, "recipe.ema_decay=null"])
+
+
+def test_token_shards_are_packed_for_the_rows_of_every_phase(published):
+    assert published.tokens.row_lengths == (4096, 32768, 131072)  # as it stands, what the recipe reads
+    assert load(["experiment=tiny", "recipe.sequence_length=64"]).tokens.row_lengths == (64, 256)
+
+    def wrong(*lengths):
+        return problems(replace(published, tokens=replace(published.tokens, row_lengths=lengths)))
+
+    assert wrong(131072, 4096, 8, 32768) == []
+    assert wrong(4096, 32768) == [
+        "recipe.extensions.context_128k.sequence_length=131072 is not in tokens.row_lengths=[4096, 32768]; add it"
+    ]
+    assert "recipe.sequence_length=4096 is not in tokens.row_lengths=[32768, 131072]; add it" in wrong(32768, 131072)
+    assert wrong(4096, 32768, 131072, 4096) == ["tokens.row_lengths=[4096, 32768, 131072, 4096] names a length twice"]
+
+
+SOURCES = (
+    "corpus.sources=[{name: web, paths: [web/*.parquet], text_field: content},"
+    "{name: books, paths: [b], text_field: text}]"
+)
+
+
+def test_named_sources_and_options_of_the_corpus_compose() -> None:
+    config = load(["corpus=files", SOURCES, "corpus.near_duplicates={threshold: 0.8, shingle_words: 5}"]).corpus
+    assert [source.name for source in config.sources] == ["web", "books"] and config.sources[0].text_field == "content"
+    assert config.near_duplicates is not None and config.near_duplicates.threshold == 0.8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "corpus.source=files needs corpus.paths.*neither is given"),
+        ([SOURCES, "corpus.paths=[x]"], "not both .both are given"),
+        ([SOURCES.replace("books", "web")], "corpus.sources: two are named web"),
+        ([SOURCES.replace("[b]", "[]")], "corpus.sources: books has no paths"),
+        ([SOURCES.replace("web,", "Web/1,")], "corpus.sources.0.name"),
+        (
+            ["corpus.paths=[x]", "corpus.sample_bytes=1000"],
+            "tokenizer.sample_bytes=16000000 exceeds corpus.sample_bytes=1000",
+        ),
+        (["corpus.paths=[x]", "corpus.quality_filters=[c4]"], "corpus.quality_filters.0"),
+    ],
+)
+def test_corpora_that_cannot_be_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(["corpus=files", *words])
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "rows", "size"),
+    [(1, 8, 8), (2, 8, 2), (2, 4, 1), (2, 12, 3), (2, 10, 1), (2, 3, 1), (2, 7, 1), (4, 64, 8), (16, 480, 15)],
+)
+def test_a_microbatch_that_is_not_given_leaves_dualpipe_its_microbatches(tiny, pipeline, rows, size):
+    layout = with_layout(tiny, pipeline=pipeline, microbatch=None).parallel
+    assert microbatch_of(layout, rows) == size
+    assert microbatch_of(replace(layout, microbatch=5), rows) == 5
+
+
+def test_the_demo_runs_dualpipe_on_two_ranks_in_every_phase():
+    config = load([])
+    for phase in phase_names(config.recipe):
+        assert layout_of(config.parallel, phase).pipeline == 2
+        assert schedule_of(config, phase)[0] == "dualpipe"
+        assert min(microbatches_of(config, phase)) >= 4

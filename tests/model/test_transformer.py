@@ -9,9 +9,12 @@ from torch.nn import functional
 
 import transformers_peer as peers
 from headrace.config.compose import CONF, load
+from headrace.model import rope
+from headrace.model.loss import IGNORED
 from headrace.model.transformer import Transformer
 
 CONFIGS = range(20)
+CPU = torch.device("cpu")
 
 
 def _tokens(config, rows, length, seed=0):
@@ -114,6 +117,39 @@ def test_losses_add_up_and_counts_are_exact():
     for router, bias, counts in zip(model.routers(), before, losses.counts, strict=True):
         expected_bias = bias + 0.01 * (counts.double().mean() - counts).sign()
         torch.testing.assert_close(router.e_score_correction_bias, expected_bias.float())
+
+
+def test_short_rows_are_trained_as_what_they_hold_alone():
+    """Losses and gradients of rows that end early are those of the same rows cut there, weighed by their length."""
+    config = dataclasses.replace(peers.random_config(4), num_nextn_predict_layers=1)
+    model, lengths = peers.random_model(config, 4), (20, 13, 2)
+    tokens = _tokens(config, 3, 20 + 2)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[length + (2 if length == 20 else 0) :] = IGNORED
+    losses = model.losses(tokens, mtp_weight=0.3, balance_weight=0.0)
+    losses.total.backward()
+    ours = peers.gradients(model)
+    model.zero_grad()
+
+    main, mtp = 0.0, 0.0
+    with model.store.accumulating():
+        for row, length in zip(tokens, lengths, strict=True):
+            held = row[row != IGNORED][None]
+            hidden, _, _ = model.hidden_states(held[:, : min(length, 20)])
+            logits = model.lm_head(hidden)[0]
+            targets = held[0, 1 : length + 1]
+            one = functional.cross_entropy(logits[: len(targets)], targets, reduction="sum") / 60
+            ahead, _ = model._mtp_states(
+                held[:, 1 : length + 1], hidden[:, : len(targets)], rope.rotation(config, len(targets), CPU)
+            )
+            after = held[0, 2 : length + 2]
+            two = functional.cross_entropy(model.lm_head(ahead)[0, : len(after)], after, reduction="sum") / 60
+            (one + 0.3 * two).backward()
+            main, mtp = main + one.item(), mtp + two.item()
+    assert losses.main.item() == pytest.approx(main, rel=1e-5)
+    assert losses.mtp.item() == pytest.approx(mtp, rel=1e-5)
+    for name, gradient in peers.gradients(model).items():
+        assert (gradient - ours[name]).norm() <= 1e-5 * ours[name].norm() + 1e-9, name
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

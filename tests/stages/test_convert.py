@@ -9,15 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from headrace.artifacts.manifest import verify
 from headrace.checkpoint.reader import tensors_of
 from headrace.config.compose import load
+from headrace.conversion import shards
 from headrace.corpus.sources import known_lock
+from headrace.model.loss import inputs_of
 from headrace.planning.describe import run_flops
 from headrace.planning.flops import training_flops
 from headrace.stages import convert, evaluate, pretrain
 from headrace.stages.places import Place, places
 from headrace.stages.run import main
-from headrace.tokens.loader import Batches, TokenDataset
+from headrace.training.rows import open_rows
 from small_corpus import tokenized
 
 YARN = (
@@ -125,6 +128,92 @@ def test_a_flipped_bit_is_named_and_nothing_is_converted(
     assert not place(words, "convert").artifact.exists()
 
 
+class Killed(BaseException):
+    """In place of a signal."""
+
+
+def stop_in_the_third(patched: pytest.MonkeyPatch) -> None:
+    write = shards.write_shard
+
+    def stopping(plan: Any, file: str, *given: Any) -> None:
+        if file.startswith("model-00003"):
+            raise Killed
+        write(plan, file, *given)
+
+    patched.setattr(shards, "write_shard", stopping)
+
+
+def inodes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in folder.glob("*.safetensors")}
+
+
+def test_a_conversion_that_was_cut_off_goes_on(trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*trained, "convert.max_shard_bytes=200000"]
+    run = place(words, "convert")
+    with monkeypatch.context() as patched:
+        stop_in_the_third(patched)
+        assert main(convert.DOOR, words) == 1
+    assert convert.finished_shards(run.folder) == 2 and not run.artifact.exists()
+    before = inodes(run.folder / "shards")
+    assert len(before) == 2
+    folder = converted(words)
+    assert inodes(folder).items() > before.items()
+    verify(folder)
+    assert not (run.folder / "shards").exists() and not (run.folder / "shards.json").exists()
+
+
+def of_source(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    capsys.readouterr()
+    code = convert.program(words)
+    return code, capsys.readouterr().err.strip()
+
+
+def test_a_folder_is_converted_without_a_run(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = converted(trained)
+    words = (f"source={source}", f"paths.results={tmp_path}", "convert.dtype=bf16", "convert.max_shard_bytes=200000")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stop_in_the_third(patched)
+        convert.program(words)
+    (run,) = (tmp_path / "convert").iterdir()
+    before = inodes(run / "artifact.partial")
+    assert len(before) == 2
+    code, said = of_source(capsys, *words)
+    assert code == 0 and "in BF16, verified" in said and str(run / "artifact") in said
+    found = verify(run / "artifact")
+    assert found.kind == "convert" and found.summary["dtype"] == "bf16"
+    assert inodes(run / "artifact").items() > before.items()
+    assert torch.equal(exported(run / "artifact", BODY), exported(source, BODY).bfloat16())
+    assert {path.name for path in run.iterdir()} >= {"artifact", "stage.json", "provenance.json"}
+    assert not (run / "shards.json").exists() and not (run / "artifact.partial").exists()
+    code, said = of_source(capsys, *words)
+    assert code == 0 and "already finished" in said
+    back = (f"source={run / 'artifact'}", f"paths.results={tmp_path}", "convert.dtype=fp8")
+    code, said = of_source(capsys, *back)
+    assert code == 0 and "in FP8, verified" in said
+    assert len(list((tmp_path / "convert").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["source=/no/such/folder"], "no such folder"),
+        (["source={}", "convert.step=3"], "convert.step and convert.weights are for a run's weights"),
+        (["source={}", "convert.dtype=int4"], "convert.dtype"),
+        (["source={}"], "config.json: no such file"),
+    ],
+)
+def test_a_source_that_cannot_be_converted_is_refused_in_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    words = [word.format(tmp_path / "empty") for word in words]
+    code, said = of_source(capsys, *words, f"paths.results={tmp_path / 'results'}")
+    assert code == 2 and message in said and said.count("\n") == 0
+    assert not list(tmp_path.glob("results/convert/*/artifact"))
+
+
 class Ran:
     """What `training_rows` asks of a run."""
 
@@ -141,10 +230,10 @@ def test_baselines_get_the_rows_that_were_read_those_of_the_longer_phase_cut(tra
     assert evaluate.rows_read(run) == {16: 160, 64: 10}
     tokens = place(trained, "tokenize").artifact
     rows = evaluate.training_rows(run, tokens)
-    train, seed = TokenDataset(tokens).split("train"), run.config.seed.data
-    long = Batches(train, seed, 64, 1).batch(0, 10).numpy()
+    usual = inputs_of(open_rows(tokens, run.config).batch(0, 160)[:, :17]).numpy()
+    long = inputs_of(open_rows(tokens, run.config, "longer").batch(0, 10)[:, :65]).numpy()
     assert rows.shape == (160 + 4 * 10, 17)
-    assert np.array_equal(rows[:160], Batches(train, seed, 16, 1).batch(0, 160).numpy())
+    assert np.array_equal(rows[:160], usual)
     for row in range(10):
         assert np.array_equal(rows[170 + row], long[row, 16:33])
     assert evaluate.rows_read(Ran([*trained, "convert.step=20"])) == {16: 160}  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def changed(*words: str) -> set[str]:
         ("corpus.max_bytes=1000000", "corpus"),
         ("tokenizer.sample_bytes=5", "tokenizer"),
         ("tokens.shards=3", "tokenize"),
-        ("tokens.shards_per_job=2", "tokenize"),
+        ("tokens.fim_rate=0.2", "tokenize"),
         ("recipe.learning_rate.peak=2e-3", ("pretrain", "precision_study")),
         ("model.n_routed_experts=8", ("pretrain", "precision_study")),
         ("precision=fp32", "pretrain"),
@@ -113,3 +113,14 @@ def test_the_report_reads_the_study_only_where_it_is_asked_to() -> None:
     before = fingerprints(asked, SOURCES)
     after = fingerprints(load(["study.in_report=true", "study.tokens=5"]), SOURCES)
     assert {name for name in NAMES if before[name] != after[name]} == {"precision_study", "report"}
+
+
+def test_a_tokenizer_on_the_hub_is_known_by_its_commit() -> None:
+    words = ["tokenizer=file", "tokenizer.vocab_size=300"]
+    one, two = (
+        fingerprints(load([*words, f"tokenizer.path=hf://a/b@{digit * 40}"]), SOURCES)["tokenizer"] for digit in "01"
+    )
+    assert one != two
+    for loose in ("hf://a/b", "hf://a/b@main"):
+        with pytest.raises(UserError, match="40 hexadecimal digits"):
+            fingerprints(load([*words, f"tokenizer.path={loose}"]), SOURCES)

@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +16,12 @@ from headrace.checkpoint.reader import newest_valid
 from headrace.config.compose import load
 from headrace.config.recipe import ExtensionConfig, RopeScaling
 from headrace.config.schema import Config
+from headrace.config.shards import training_shards
 from headrace.errors import UserError
+from headrace.stages.token_units import encoder_of
 from headrace.tokens.loader import TokenDataset
-from headrace.tokens.shards import finish, make_shard, plan
+from headrace.tokens.plan import Text, plan
+from headrace.tokens.shards import Source, finish, make_shard
 from headrace.tokens.tokenizer import build_tokenizer
 from headrace.training.learner import build_engine
 from headrace.training.place import Place, Watchers
@@ -35,7 +39,7 @@ def config() -> Config:
     base = load(["experiment=tiny", "tracking.log_every=1", "parallel.microbatch=2", "checkpoint.interval=8"])
     plain = replace(base.recipe, batch_ramp=None, extensions=(), ema_decay=None)
     recipe = replace(plain, tokens=STEPS * 4 * LENGTH, sequence_length=LENGTH, batch_sequences=4)
-    return replace(base, recipe=recipe)
+    return replace(base, recipe=recipe, tokens=replace(base.tokens, row_lengths=(LENGTH, 2 * LENGTH)))
 
 
 def repetitive(first: int, sequences: int) -> Tensor:
@@ -89,13 +93,22 @@ def dataset(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus, tokenizer, tokens = (folder / name for name in ("corpus", "tokenizer", "tokens"))
     for path in (corpus, tokenizer, tokens):
         path.mkdir()
-    for split, documents in (("train", 60), ("validation", 30), ("heldout", 12)):
-        texts = [f"{split} document {n}: " + " ".join(str(n * k) for k in range(80)) for n in range(documents)]
-        pq.write_table(pa.table({"id": list(range(documents)), "text": texts}), corpus / f"{split}.parquet")
+    texts = {
+        split: [f"{split} document {n}: " + " ".join(str(n * k) for k in range(80)) for n in range(documents)]
+        for split, documents in (("train", 60), ("validation", 30), ("heldout", 12))
+    }
+    for name, split in (("sample", "train"), ("validation", "validation")):
+        rows = {"id": list(range(len(texts[split]))), "text": texts[split]}
+        pq.write_table(pa.table(rows), corpus / f"{name}.parquet")
     build_tokenizer(config.tokenizer, corpus, tokenizer, print)
-    units = plan(config.tokens)
+    sizes = {split: (len(inside), sum(map(len, inside))) for split, inside in texts.items()}
+    training = Text(["texts"], *(np.array([count]) for count in sizes.pop("train")))
+    units = plan(training, sizes, training_shards(config.tokens), 3.0)
+    encoder = encoder_of(tokenizer, config.tokens)
     for unit in units:
-        make_shard(unit, corpus, tokenizer, config.tokens, tokens)
+        first = sum(other.documents for other in units[: unit.index]) if unit.split == "train" else 0
+        mine = list(enumerate(texts[unit.split]))[first : first + unit.documents]
+        make_shard(unit, Source(unit.name, lambda mine=mine: mine), encoder, config.tokens, tokens)
     finish(tokens, units)
     return tokens
 
@@ -107,6 +120,7 @@ def test_rows_come_from_their_splits_with_all_targets(config: Config, dataset: P
     assert torch.equal(rows.batch(3, 4)[1:], rows.batch(4, 3))
     assert rows.validation.shape == (config.train.validation_rows, LENGTH + 2)
     assert rows.agreement.shape == (8, LENGTH + 1)
+    assert (rows.agreement >= 0).all()
     assert len(rows.validation.unique(dim=0)) == config.train.validation_rows
     other = open_rows(dataset, replace(config, seed=replace(config.seed, data=1)))
     assert torch.equal(other.validation, rows.validation)
@@ -124,13 +138,13 @@ def test_rows_of_another_length_have_an_order_of_their_own(config: Config, datas
     assert long.training_rows == short.training_rows
     split = TokenDataset(dataset).split("train")
     rows = split.rows(2 * LENGTH)
-    every = sorted(split.row(index, 2 * LENGTH, sequence_length=2 * LENGTH).tolist() for index in range(rows))
+    every = sorted(split.row(index, 2 * LENGTH).tolist() for index in range(rows))
     assert sorted(long.batch(0, rows)[:, : 2 * LENGTH].tolist()) == every  # each of an epoch once
     # In the order of the short rows, row i of the long ones would begin as row 2 i of those does.
     assert not any(torch.equal(long.batch(i, 1)[0, :LENGTH], short.batch(i, 1)[0, :LENGTH]) for i in range(8))
 
 
-def test_a_split_without_a_row_is_said(config: Config, dataset: Path) -> None:
+def test_a_length_that_shards_are_not_packed_for_is_said(config: Config, dataset: Path) -> None:
     recipe = replace(config.recipe, sequence_length=100_000)
-    with pytest.raises(UserError, match=r"'train'.*recipe\.sequence_length"):
+    with pytest.raises(UserError, match=r"'train'.*add 100000 to tokens\.row_lengths"):
         open_rows(dataset, replace(config, recipe=recipe))

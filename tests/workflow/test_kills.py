@@ -114,7 +114,7 @@ def test_every_stage_goes_on_after_kill_9(tiny: Project, tmp_path: Path, stage: 
     project = copy_of(tiny, tmp_path, STAGES[: STAGES.index(stage)])
     process = project.start(stage)
     victim = wait_for(lambda: stage_process(process, program))
-    leases = "batch-*.json" if program == "tokenize_shards" else "lease.json"
+    leases = "tokenize_shards-*.json" if program == "tokenize_shards" else "lease.json"
     wait_for(lambda: list(project.folder.glob(f"results/{stage}/*/{leases}")) or None, 30)
     if victims != "stage":
         process.kill()

@@ -65,7 +65,7 @@ def _info(path: Path, name: str, entry: object) -> TensorInfo:
         assert isinstance(entry, dict)
         begin, end = entry["data_offsets"]
         return TensorInfo(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), int(end) - int(begin))
-    except (AssertionError, KeyError, TypeError, ValueError):
+    except (AssertionError, KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{path}: the header's entry for {name!r} is malformed") from None
 
 

@@ -4,9 +4,11 @@
 once. The router's conditions are those under which group-limited top-k is defined (report, section 2.1.2).
 """
 
-from headrace.config.phases import MAIN, RAMP, batches_of, layout_of, phase_names, tokens_in
+from itertools import pairwise
+
+from headrace.config.phases import MAIN, RAMP, batches_of, layout_of, microbatch_of, phase_names, tokens_in
 from headrace.config.recipe import BatchRampConfig, ExtensionConfig, RecipeConfig, RopeScaling
-from headrace.config.schema import Config, Fp8Config, ModelConfig, ParallelConfig
+from headrace.config.schema import Config, CorpusConfig, Fp8Config, ModelConfig, ParallelConfig
 
 _TWO_STAGES = ("interleaved_1f1b", "zb_v", "dualpipe_v")
 """Schedules with two pipeline stages on each rank."""
@@ -18,8 +20,11 @@ def problems(config: Config) -> list[str]:
         *model_problems(config.model),
         *_recipe(config.recipe),
         *_extensions(config.recipe.extensions, config.model),
+        *_rows(config),
         *_precision(config.precision.fp8, "precision.fp8"),
         *_precision(config.study.candidate.fp8, "study.candidate.fp8"),
+        *_corpus(config.corpus),
+        *_mixture(config.recipe, config.corpus),
         *_across_groups(config),
         *_layouts(config),
     ]
@@ -133,6 +138,20 @@ def _extensions(extensions: tuple[ExtensionConfig, ...], model: ModelConfig) -> 
     return wrong
 
 
+def _mixture(recipe: RecipeConfig, corpus: CorpusConfig) -> list[str]:
+    wrong, names = [], sorted(source.name for source in corpus.sources)
+    starts = [tokens_in(entry.since, recipe.tokens) for entry in recipe.mixture]
+    if starts and (starts[0] != 0 or any(after <= before for before, after in pairwise(starts))):
+        wrong.append(f"recipe.mixture: since={starts} must begin with 0 and rise")
+    for number, entry in enumerate(recipe.mixture):
+        where = f"recipe.mixture[{number}].weights"
+        if sorted(entry.weights) != names:
+            wrong.append(f"{where} names {sorted(entry.weights)}, and corpus.sources are {names}")
+        elif not any(entry.weights.values()):
+            wrong.append(f"{where} are all 0")
+    return wrong
+
+
 def published_tiles(fp8: Fp8Config) -> bool:
     """Whether tiles and accumulation are the report's; every back end but `reference` has only these."""
     tiles = (fp8.activation_tile, fp8.gradient_tile, fp8.weight_tile)
@@ -147,6 +166,23 @@ def _precision(fp8: Fp8Config | None, where: str) -> list[str]:
         wrong.append(f"{where}.backend={fp8.backend} has the report's tiles and accumulation only; use reference")
     if fp8.transposed_scales != "power_of_two":
         wrong.append(f"{where}.backend={fp8.backend} has {where}.transposed_scales=power_of_two only; use reference")
+    return wrong
+
+
+def _rows(config: Config) -> list[str]:
+    """Every phase finds rows of its length among those that token shards are packed for."""
+    wrong, lengths = [], config.tokens.row_lengths
+    if len(set(lengths)) < len(lengths):
+        wrong.append(f"tokens.row_lengths={list(lengths)} names a length twice")
+    needed = {"recipe.sequence_length": config.recipe.sequence_length}
+    needed |= {
+        f"recipe.extensions.{phase.name}.sequence_length": phase.sequence_length for phase in config.recipe.extensions
+    }
+    wrong += [
+        f"{key}={n} is not in tokens.row_lengths={list(lengths)}; add it"
+        for key, n in needed.items()
+        if n not in lengths
+    ]
     return wrong
 
 
@@ -166,16 +202,37 @@ def _across_groups(config: Config) -> list[str]:
         wrong.append(
             "convert.weights=ema needs recipe.ema_decay, since no moving average of the weights is kept without"
         )
-    if config.corpus.source == "files" and not config.corpus.paths:
-        wrong.append("corpus.source=files needs corpus.paths, e.g. set='corpus.paths=[data/*.jsonl]'")
+    if config.tokenizer.source == "train" and config.tokenizer.sample_bytes > config.corpus.sample_bytes:
+        wrong.append(
+            f"tokenizer.sample_bytes={config.tokenizer.sample_bytes} exceeds "
+            f"corpus.sample_bytes={config.corpus.sample_bytes}, the text that is put aside for it"
+        )
+    if config.tokenizer.source == "train" and config.tokenizer.path:
+        wrong.append(
+            f"tokenizer.path={config.tokenizer.path} is not read by tokenizer.source=train; say tokenizer=file"
+        )
     if config.tokenizer.source == "file" and not config.tokenizer.path:
         wrong.append("tokenizer.source=file needs tokenizer.path, the path of a tokenizer.json")
-    if config.corpus.min_document_bytes > config.corpus.max_document_bytes:
+    return wrong
+
+
+def _corpus(corpus: CorpusConfig) -> list[str]:
+    wrong = []
+    if corpus.source == "files" and bool(corpus.paths) == bool(corpus.sources):
+        which = "both are given" if corpus.paths else "neither is given"
         wrong.append(
-            f"corpus.min_document_bytes={config.corpus.min_document_bytes} exceeds "
-            f"corpus.max_document_bytes={config.corpus.max_document_bytes}"
+            f"corpus.source=files needs corpus.paths, e.g. set='corpus.paths=[data/*.jsonl]', or corpus.sources, "
+            f"not both ({which})"
         )
-    if config.corpus.validation_fraction + config.corpus.heldout_fraction >= 1:
+    names = [source.name for source in corpus.sources]
+    wrong += [f"corpus.sources: two are named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    wrong += [f"corpus.sources: {source.name} has no paths" for source in corpus.sources if not source.paths]
+    if corpus.min_document_bytes > corpus.max_document_bytes:
+        wrong.append(
+            f"corpus.min_document_bytes={corpus.min_document_bytes} exceeds "
+            f"corpus.max_document_bytes={corpus.max_document_bytes}"
+        )
+    if corpus.validation_fraction + corpus.heldout_fraction >= 1:
         wrong.append("corpus.validation_fraction and corpus.heldout_fraction leave no training text")
     return wrong
 
@@ -207,11 +264,12 @@ def _batch(key: str, sequences: int, layout: ParallelConfig) -> list[str]:
     if sequences % layout.data:
         return [f"parallel.data={layout.data} must divide {key}"]
     rows = sequences // layout.data
-    if rows % (layout.microbatch or 1):
+    size = microbatch_of(layout, rows)
+    if rows % size:
         return [
             f"parallel.microbatch={layout.microbatch} must divide the {rows} rows that each data rank gets of {key}"
         ]
-    return _schedule(key, layout, rows // (layout.microbatch or rows))
+    return _schedule(key, layout, rows // size)
 
 
 def _schedule(key: str, layout: ParallelConfig, microbatches: int) -> list[str]:

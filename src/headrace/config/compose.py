@@ -36,6 +36,7 @@ def load(overrides: Sequence[str] = (), conf: Path = CONF) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    OmegaConf.register_new_resolver("row_lengths", _row_lengths, replace=True)
     try:
         with hydra.initialize_config_dir(config_dir=str(conf), version_base="1.3"):
             tree = hydra.compose("config", overrides=list(overrides))
@@ -92,6 +93,8 @@ def overrides_from(snakemake_config: Mapping[str, Any]) -> list[str]:
     """
     overrides: list[str] = []
     for key, value in snakemake_config.items():
+        if key == "runs":  # names finished runs for `snakemake compare`; it is no setting
+            continue
         if key == "set":
             overrides += split_words(_with_last_quote(str(value)))
         elif isinstance(value, Mapping):
@@ -119,6 +122,11 @@ def split_words(text: str) -> list[str]:
         else:
             current += character
     return [*words, current] if current else words
+
+
+def _row_lengths(recipe: Any) -> list[int]:
+    """Tokens of a row in each phase of a recipe, its own first: what `tokens.row_lengths` is where nobody sets it."""
+    return list(dict.fromkeys([recipe.sequence_length, *(phase.sequence_length for phase in recipe.extensions)]))
 
 
 def _in_hydras_words(value: Any) -> str:

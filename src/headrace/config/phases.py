@@ -53,5 +53,19 @@ def layout_of(parallel: ParallelConfig, phase: str) -> ParallelConfig:
     return parallel
 
 
+def microbatch_of(layout: ParallelConfig, rows: int) -> int:
+    """Sequences of one forward pass, of the `rows` that a data rank has in a step.
+
+    Where `parallel.microbatch` says nothing, one pipeline rank takes all at once, and several take as many as leave an
+    even number of at least 2 PP microbatches, what DualPipe needs; where nothing does, one sequence.
+    """
+    if layout.microbatch is not None:
+        return layout.microbatch
+    if layout.pipeline == 1:
+        return rows
+    sizes = range(rows // (2 * layout.pipeline), 0, -1)
+    return next((size for size in sizes if rows % size == 0 and rows // size % 2 == 0), 1)
+
+
 def _extension(recipe: RecipeConfig, phase: str) -> ExtensionConfig:
     return next(extension for extension in recipe.extensions if extension.name == phase)

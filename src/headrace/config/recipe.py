@@ -113,6 +113,15 @@ class ExtensionConfig:
 
 
 @dataclass(frozen=True)
+class MixtureConfig:
+    """Weights of the sources of the corpus from a number of tokens on."""
+
+    __pydantic_config__ = CLOSED
+    since: TokenSpan  # tokens seen; the first entry has 0
+    weights: dict[str, NonNegativeFloat]  # of rows, by name of the source
+
+
+@dataclass(frozen=True)
 class RecipeConfig:
     """Everything that changes with tokens seen."""
 
@@ -121,6 +130,7 @@ class RecipeConfig:
     sequence_length: Positive
     batch_sequences: Positive  # sequences per optimizer step, after the ramp
     batch_ramp: BatchRampConfig | None  # null: the same batch from the first step on
+    mixture: tuple[MixtureConfig, ...]  # weights of corpus.sources; none: rows of all sources alike
     extensions: tuple[ExtensionConfig, ...]  # phases of context extension, in order
     ema_decay: Share | None  # of the moving average of the weights, per step; null keeps none
     optimizer: OptimizerConfig

@@ -34,20 +34,45 @@ class SeedConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One named source of text: what mixture weights and shard folders call by this name."""
+
+    __pydantic_config__ = CLOSED
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]  # a folder's name and a key of the mixture
+    paths: tuple[str, ...]  # files, folders, globs; hf://datasets/..., s3://, gs://; datasets:// (corpus/hub_stream.py)
+    text_field: str  # the field that holds the text in JSONL and Parquet
+
+
+@dataclass(frozen=True)
+class NearDuplicatesConfig:
+    """MinHash over word shingles, 14 bands of 8 (as FineWeb has them), with rensa."""
+
+    __pydantic_config__ = CLOSED
+    threshold: Share  # estimated Jaccard similarity from which the later document is dropped
+    shingle_words: Positive  # words in a shingle
+
+
+@dataclass(frozen=True)
 class CorpusConfig:
     """Where text comes from and how it is split into train, validation and held-out documents."""
 
     __pydantic_config__ = CLOSED
     source: Literal["environment", "files"]
-    paths: tuple[str, ...]  # files, folders or globs; used by source=files
+    paths: tuple[str, ...]  # source=files: the short form of one source, named `files`
+    sources: tuple[SourceConfig, ...]  # source=files: named sources, instead of paths
     packages: bool  # source=environment: installed packages beside the standard library
     licences: tuple[str, ...]  # source=environment: SPDX identifiers that a package must declare
-    text_field: str  # the field that holds the text in JSONL and Parquet
+    text_field: str  # the field that holds the text in the JSONL and Parquet of `paths`
+    max_damaged_fraction: Fraction  # share of a source's documents that may be damaged; above it the run stops
     min_document_bytes: Count
     max_document_bytes: Positive
+    quality_filters: tuple[Literal["gopher_quality", "gopher_repetition", "fineweb_quality"], ...]  # datatrove's
+    near_duplicates: NearDuplicatesConfig | None
+    contamination_tasks: tuple[Literal["humaneval_likelihood"], ...]  # whose items must not be in training text
     max_bytes: Positive | None  # a deterministic sample of at most so many bytes of text; null takes all
     validation_fraction: Share
     heldout_fraction: Share
+    sample_bytes: Positive  # training text put aside for learning a tokenizer
 
 
 @dataclass(frozen=True)
@@ -67,9 +92,14 @@ class TokensConfig:
 
     __pydantic_config__ = CLOSED
     engine: Literal["auto", "fastokens", "tokenizers"]
-    shards: Annotated[int, Field(ge=1, le=100_000)]  # output shards of the training split
-    shards_per_job: Positive  # one job makes so many, so that the DAG stays small
-    parity_every: Positive  # every n-th document is encoded again with `tokenizers` and compared
+    total: Positive | None  # tokens that the corpus will have, about; for shards=auto and `headrace plan`
+    shards: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"]  # of the training split; auto: of 2^31 tokens
+    fim_rate: Fraction  # share of training documents that are rearranged to fill in their middle
+    split_rate: Fraction  # share of tokens that join punctuation and line ends which are written as two
+    parity_every: (
+        Positive  # every n-th document, 32 of a shard at least, is encoded again with `tokenizers` and compared
+    )
+    row_lengths: Annotated[tuple[Positive, ...], Field(min_length=1)]  # documents are packed for the first
 
 
 @dataclass(frozen=True)
@@ -160,7 +190,7 @@ class TrainConfig:
     """What one training run starts from and watches."""
 
     __pydantic_config__ = CLOSED
-    from_: Annotated[str | None, Field(alias="from", pattern=r"^[0-9a-f]{12}@[0-9]+$")]  # <pretrain fingerprint>@<step>
+    from_: Annotated[str | None, Field(alias="from", pattern=r"^[0-9a-f]{12}@[0-9]+$")]  # <run or import>@<step>
     validate_every: Positive  # steps between two measurements of the validation loss
     validation_rows: Positive
     rollback_after: Positive  # steps in a row without a finite loss and gradient, none of them applied
@@ -194,11 +224,28 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
+class HarnessTask:
+    """A task or group of the lm-evaluation-harness, whose data come from the Hub."""
+
+    __pydantic_config__ = CLOSED
+    task: Annotated[str, Field(pattern=r"^[\w-]+$")]  # the harness's name
+    folders: tuple[Annotated[str, Field(pattern=r"^[\w-]+(/[\w-]+)*$")], ...]  # of lm_eval/tasks that define it
+    metric: Annotated[str, Field(pattern=r"^\w+(,[\w-]+)?$")]  # the main one; gold: bits per byte of right answers
+    shots: Count | None  # null: as the harness defines the task
+    passage: str | None  # the field of an item that items of one passage share; null: items are independent
+    definition: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # sha256 of the files in those folders
+    items: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None  # sha256 of its items and prompts; null: any
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured on the converted model."""
 
     __pydantic_config__ = CLOSED
-    tasks: tuple[Literal["humaneval_likelihood", "reasoning_gym"], ...]
+    tasks: tuple[Literal["humaneval_likelihood", "reasoning_gym"], ...]  # those that need no network
+    harness: tuple[HarnessTask, ...]  # those that do
+    without_network: Literal["refuse", "skip"]  # `harness` where the Hub cannot be reached
+    absent: tuple[str, ...]  # what the results say was not measured, and why
     items: Positive  # items per task at most
     heldout_rows: Positive  # rows of held-out text for bits per byte
     bootstrap: Positive  # resamples of documents
@@ -214,6 +261,9 @@ class PublishConfig:
     repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # null writes the local folder only
     private: bool
     kernels: Annotated[str, Field(pattern=r"^[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*$", max_length=96)] | None
+    dataset: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # data set repository for the tokens
+    dataset_view: Literal["arrow", "megatron"]
+    cache: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # data set repository for the run's artifacts
     license: str  # an SPDX identifier or 'other', for the model card
     title: str
     allow_dirty: bool  # publish from a work tree with uncommitted changes
@@ -261,7 +311,10 @@ class LaunchConfig:
     minutes: PositiveFloat | None  # time budget of one job; the stage saves and exits 75 before it ends
     verify_every: Count  # steps between two searches for silent corruption of weights and moments; 0 never searches
     recompute_every: Count  # one random step in so many is computed twice and compared; 0 never
+    pieces_per_job: Positive  # so many pieces of the corpus (of about 32 MB) are scanned by one job
+    shards_per_job: Positive  # so many token shards are made by one job
     rerun: Literal["loop", "slurm"]  # what exit 75 leads to: run again at once, or `scontrol requeue`
+    fetch: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # cache of stages to take finished ones from
 
 
 @dataclass(frozen=True)
@@ -279,10 +332,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """The tracked run of a stage: JSONL always, Weights & Biases beside it."""
+    """The tracked run of a stage: JSONL always, Weights & Biases or trackio beside it."""
 
     __pydantic_config__ = CLOSED
     wandb: Literal["offline", "online", "disabled"]
+    backend: Literal["wandb", "trackio"]
     project: str
     entity: str | None
     log_every: Positive  # steps

@@ -22,7 +22,7 @@ from headrace.model import rope
 from headrace.model.dispatch import Dispatcher, LocalDispatcher
 from headrace.model.experts import MoeFeedForward
 from headrace.model.layer import Layer
-from headrace.model.loss import cross_entropy, log_probabilities
+from headrace.model.loss import cross_entropy, inputs_of, log_probabilities
 from headrace.model.mtp import MtpLayer
 from headrace.model.norm import RMSNorm
 from headrace.model.router import Router, Routing, balance_loss
@@ -132,15 +132,19 @@ class Transformer(nn.Module):
         return self.model.norm(hidden), rotation, routings
 
     def losses(self, tokens_BL: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
-        """All losses of rows of T+1+D tokens (int64), D = `num_nextn_predict_layers`: see `Losses`."""
+        """All losses of rows of T+1+D tokens (int64), D = `num_nextn_predict_layers`: see `Losses`.
+
+        Tokens at the end of a row may be `loss.IGNORED`: they are no targets, and in the input stand for padding.
+        """
         tokens = tokens_BL.shape[1] - 1 - self.config.num_nextn_predict_layers
         assert tokens > 0, "a row must hold at least one token and its targets"
-        inputs, targets = tokens_BL[:, :tokens], tokens_BL[:, 1 : tokens + 1]
+        embeddable = inputs_of(tokens_BL)
+        inputs, targets = embeddable[:, :tokens], tokens_BL[:, 1 : tokens + 1]
         hidden, rotation, routings = self.hidden_states(inputs)
         main = cross_entropy(hidden.flatten(0, 1), self.lm_head, targets.flatten())
         mtp = torch.zeros_like(main)
         if self.config.num_nextn_predict_layers:
-            ahead, routing = self._mtp_states(targets, hidden, rotation)
+            ahead, routing = self._mtp_states(embeddable[:, 1 : tokens + 1], hidden, rotation)
             mtp = cross_entropy(ahead.flatten(0, 1), self.lm_head, tokens_BL[:, 2 : tokens + 2].flatten())
             routings.append(routing)
         balance = self._balance(routings, inputs.shape, balance_weight)

@@ -36,6 +36,10 @@ class Ledger:
         """Record how the attempt ended."""
         self._append({"event": "end", "exit": code, "reason": reason})
 
+    def has_finished(self) -> bool:
+        """Whether an attempt has ever come to its end: a result that is gone was then taken away by a person."""
+        return any(entry.get("exit") == 0 for entry in self.entries())
+
     def entries(self) -> list[dict[str, Any]]:
         """All entries, oldest first; a line cut short by a kill is left out."""
         if not self._path.exists():

@@ -4,14 +4,16 @@ Snakemake owns the graph, so the rules name their inputs themselves; this class 
 and how its program is called. Every word of a command that comes from the user is quoted for the shell here, once.
 """
 
-import math
 import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from headrace.config.compose import load, overrides_from
+from headrace.config.shards import training_shards
+from headrace.corpus.pieces import count
 from headrace.corpus.sources import checked_lock, known_lock
+from headrace.stages.batch_names import EXTRA_SHARDS, batch_folder, batch_names, per_job
 from headrace.stages.places import places
 from headrace.training.trials import trials
 
@@ -30,7 +32,7 @@ class Graph:
             print(
                 f"{len(new)} new source files, e.g. {new[0]}, are left out; `{command}` takes them in", file=sys.stderr
             )
-        self.places = places(self.config, lock.hash)
+        self._lock, self.places = lock, places(self.config, lock.hash)
 
     def done(self, stage: str) -> str:
         """The one file that a stage's rule declares."""
@@ -44,24 +46,30 @@ class Graph:
         """A file in a stage's run directory."""
         return str(self.places[stage].folder / name)
 
-    def batches(self) -> list[str]:
-        """The jobs that the token shards are made in: one job, many shards."""
-        units = self.config.tokens.shards + 2
-        return [f"{index:05d}" for index in range(math.ceil(units / self.config.tokens.shards_per_job))]
+    def batch(self, stage: str, program: str, suffix: str) -> str:
+        """A file of one job of a stage that is done in many; `{batch}` stands for which."""
+        return self.file(stage, f"{self._batches(program)}/{{batch}}{suffix}")
+
+    def scan_batches(self) -> list[str]:
+        """The jobs that the sources are scanned in. One job's worth the corpus stage does by itself."""
+        names = batch_names(count(self._lock), per_job("corpus_scans", self.config.launch))
+        return names if len(names) > 1 else []
+
+    def shard_batches(self) -> list[str]:
+        """The jobs that the token shards are made in."""
+        units = training_shards(self.config.tokens) + EXTRA_SHARDS
+        return batch_names(units, per_job("tokenize_shards", self.config.launch))
 
     def command(self, stage: str) -> str:
         """The shell line of a stage. Exit 75 means "run me again"; what that takes, `launch.rerun` says."""
         program = f"{_quote(sys.executable)} -m headrace.stages.{stage} {self._arguments()}"
         return self._until_done(program) + _declare(_quote(self.done(stage)), "done")
 
-    def batch_command(self) -> str:
-        """The shell line of one job of token shards; Snakemake fills in the wildcard."""
-        program = (
-            f"{_quote(sys.executable)} -m headrace.stages.tokenize_shards {{wildcards.batch:q}} {self._arguments()}"
-        )
-        return self._until_done(program) + _declare(
-            f"{_quote(self.file('tokenize', 'batches'))}/{{wildcards.batch:q}}.done", "done"
-        )
+    def batch_command(self, stage: str, program: str) -> str:
+        """The shell line of one job of a stage that is done in many; Snakemake fills in the wildcard."""
+        line = f"{_quote(sys.executable)} -m headrace.stages.{program} {{wildcards.batch:q}} {self._arguments()}"
+        made = f"{_quote(self.file(stage, self._batches(program)))}/{{wildcards.batch:q}}.done"
+        return self._until_done(line) + _declare(made, "done")
 
     def page_command(self, stage: str, page: str) -> str:
         """The shell line of a stage that declares its page too."""
@@ -83,6 +91,27 @@ class Graph:
     def sync_command(self) -> str:
         """The shell line of `snakemake sync`."""
         return f"{_quote(sys.executable)} -m headrace.cli sync {self._arguments()} 2>&1 | tee {{log:q}}"
+
+    def compare_log(self) -> str:
+        """The log of `snakemake compare`."""
+        return f"{self.config.paths.results}/compare.log"
+
+    def compare_command(self, runs: str | list[str]) -> str:
+        """The shell line of `snakemake compare`; `runs` are beginnings of evaluate's fingerprints."""
+        named = runs if isinstance(runs, str) else ",".join(runs)
+        words = " ".join([_quote(f"runs=[{named}]"), self._arguments()])
+        return f"{_quote(sys.executable)} -m headrace.stages.compare {words} 2>&1 | tee {{log:q}}"
+
+    def ablations_log(self) -> str:
+        """The log of `snakemake ablations`."""
+        return f"{self.config.paths.results}/ablations.log"
+
+    def ablations_command(self) -> str:
+        """The shell line of `snakemake ablations`."""
+        return f"{_quote(sys.executable)} -m headrace.stages.ablations {self._arguments()} 2>&1 | tee {{log:q}}"
+
+    def _batches(self, program: str) -> str:
+        return batch_folder(program, per_job(program, self.config.launch))
 
     def _arguments(self) -> str:
         return " ".join(_quote(word) for word in self._overrides)

@@ -138,6 +138,7 @@ def _tracker(run: Run, trial: Trial, folder: Path) -> Tracker:
         config={"role": trial.role, "pair": trial.pair, "precision": group_to_dict(trial.precision)}
         | {"seed": asdict(trial.seed), "recipe": group_to_dict(trial.recipe)},
         inputs=[{"name": f"tokenize-{tokens.fingerprint}", "kind": "tokenize", "hash": run.inputs["tokenize"]}],
+        backend=settings.backend,
         wandb_mode=settings.wandb,
         project=settings.project,
         entity=settings.entity,

@@ -13,6 +13,8 @@ from headrace.launch.device import resolve
 from headrace.pipeline.engine import schedule_of
 from headrace.reporting.recipe import write_recipe
 from headrace.reporting.reliability import RELIABILITY
+from headrace.stages.imported import KIND as IMPORTS
+from headrace.stages.imported import check_import
 from headrace.stages.run import Door, Outcome, Run, main
 from headrace.training import ledger
 from headrace.training.ledger import figures, read
@@ -83,11 +85,16 @@ def _source(run: Run) -> Path | None:
     if named is None or steps(checkpoints(run.folder)):
         return None
     fingerprint, _, step = named.partition("@")
-    folder = run.folder.parent / fingerprint
-    if not folder.exists():
-        raise UserError(f"train.from={named}: there is no run {folder}; `headrace runs` lists what there is")
-    if _tokens_of(folder)["parents"]["tokenizer"] != _tokens_of(run.folder)["parents"]["tokenizer"]:
-        raise UserError(f"train.from={named}: that run has another tokenizer, so its embedding means other tokens")
+    folder, results = run.folder.parent / fingerprint, run.folder.parents[1]
+    tokenizer = _tokens_of(run.folder)["parents"]["tokenizer"]
+    if folder.exists():
+        if _tokens_of(folder)["parents"]["tokenizer"] != tokenizer:
+            raise UserError(f"train.from={named}: that run has another tokenizer, so its embedding means other tokens")
+    elif (folder := results / IMPORTS / fingerprint).exists():
+        artifact = results / "tokenizer" / tokenizer / "artifact"
+        check_import(folder, run.config.model, artifact, f"train.from={named}")
+    else:
+        raise UserError(f"train.from={named}: there is no such run or import; `headrace runs` lists what there is")
     source = at_step(checkpoints(folder), int(step))
     run.inputs["train.from"] = source.manifest_hash
     return source.folder
@@ -95,7 +102,7 @@ def _source(run: Run) -> Path | None:
 
 def _same_rows(run: Run, source: Path | None) -> bool:
     """Whether this run reads the rows that its source has read, in the same order, so that it can go on behind them."""
-    if source is None:
+    if source is None or source.parents[2].name == IMPORTS:
         return False
     theirs, ours = read_json(source.parents[1] / "stage.json"), run.place.slice
     keys = [("seed", "data"), ("recipe", "sequence_length")]

@@ -9,6 +9,8 @@ from headrace.artifacts.files import link_or_copy, read_json, write_atomic
 from headrace.config.compose import group_to_dict, load
 from headrace.config.schema import Config
 from headrace.reporting import read
+from headrace.reporting.comparison import read_comparisons
+from headrace.reporting.data import read_data
 from headrace.reporting.facts import PrecisionStudy, Publication, ReportFacts
 from headrace.reporting.page import write_report
 from headrace.reporting.reliability import RELIABILITY, read_reliability
@@ -31,8 +33,11 @@ def body(run: Run) -> Outcome:
 
 
 def collect(run: Run) -> ReportFacts:
-    """Everything that the report shows; every input is verified first."""
-    folders = {parent: run.input(parent) for parent in run.parents}
+    """Everything that the report shows; every input is verified first.
+
+    Of text and tokens, which may be terabytes, JSON is read and a few rows, which the loader verifies as it reads them.
+    """
+    folders = {parent: run.input(parent, quick=parent in ("corpus", "tokenize")) for parent in run.parents}
     places = {**run.parents, "report": run.place}
     records = {name: read_json(place.folder / "provenance.json") for name, place in run.parents.items()}
     trained, config = records["pretrain"], run.config
@@ -49,12 +54,13 @@ def collect(run: Run) -> ReportFacts:
         ),
         config=_as_written(run.config, places),
         differences=read.differences(_as_written(load(), places), _as_written(run.config, places)),
-        data=read.read_data(folders["corpus"], folders["tokenize"]),
+        data=read_data(folders["corpus"], folders["tokenizer"], folders["tokenize"], config.corpus.contamination_tasks),
         training=read.read_training(folders["pretrain"], config.model),
         evaluation=read.read_evaluation(folders["evaluate"]),
         publication=_publication(folders["publish"], config),
         study=_study(run, folders),
         reliability=read_reliability(folders["pretrain"] / RELIABILITY),
+        comparisons=read_comparisons(run.place.folder.parents[1], run.parents["evaluate"].fingerprint),
         versions=trained["versions"],
         machine={key.replace("_", " "): str(value) for key, value in trained["machine"].items()},
         code={

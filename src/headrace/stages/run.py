@@ -9,8 +9,9 @@
         log.txt, tracking/, and for some stages their own state (checkpoints/, shards/)
 
 `main(door, argv)` composes the configuration, finds the directory, takes the lease (or follows the live holder) and
-returns at once where the artifact is finished and whole, runs the door's body otherwise, and commits the artifact with
-the manifest as the last act. Exit codes: 0 done, 2 the user's input is wrong, 75 saved, run me again, 1 anything else.
+returns at once where the artifact is finished and whole or can be had from the cache `launch.fetch`, runs the door's
+body otherwise, and commits the artifact with the manifest as the last act.
+Exit codes: 0 done, 2 the user's input is wrong, 75 saved, run me again, 1 anything else.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from typing import Any, cast
 
 from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import Algorithm, read_json, write_atomic, write_json
-from headrace.artifacts.manifest import Manifest
+from headrace.artifacts.manifest import FileEntry, Manifest
 from headrace.config.compose import load
 from headrace.config.schema import Config
 from headrace.corpus.lock import Lock
@@ -39,6 +40,7 @@ from headrace.launch.blame import RankFailure
 from headrace.launch.deadline import Deadline, StopRequested
 from headrace.stages import provenance
 from headrace.stages.attempts import RUN_AGAIN, Ledger
+from headrace.stages.cache import take
 from headrace.stages.lease import Lease
 from headrace.stages.places import Place, places
 from headrace.stages.table import MACHINE_GROUPS, readable_groups, stage_named
@@ -50,10 +52,14 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a body returns: one line for people and the key figures for the manifest."""
+    """What a body returns: one line for people, the key figures for the manifest, and files that it need not hash.
+
+    `known` are files of the output that were hashed and fsynced when they were written (see `manifest.build`).
+    """
 
     line: str
     summary: Mapping[str, Any]
+    known: Mapping[str, FileEntry] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,11 +161,24 @@ def _run(door: Door, config: Config, overrides: tuple[str, ...]) -> int:
     place.folder.mkdir(parents=True, exist_ok=True)
     _write_slice(place)
     with job.deadline.watching(), held(place):
-        if not place.artifact.exists():
+        line = "already finished" if place.artifact.exists() else _fetched(job)
+        if line is None:
             return _attempt(job)
         _finish(place, manifests.verify(place.artifact), door.after)
-        say(place, "already finished")
+        say(place, line)
         return 0
+
+
+def _fetched(job: _Job) -> str | None:
+    """What to say of an artifact that came from the cache `launch.fetch`; None where the stage has to run."""
+    repo_id = job.config.launch.fetch
+    if repo_id is None or job.place.stage not in stage_named("publish").parents:  # others are never put there
+        return None
+    taken, line = take(repo_id, job.place, {name: job.places[name] for name in job.place.slice["parents"]})
+    if taken:
+        return line
+    say(job.place, line)
+    return None
 
 
 def _attempt(job: _Job) -> int:
@@ -205,6 +224,7 @@ def _work(job: _Job, log: logging.Logger) -> str:
             inputs=run.inputs,
             summary=dict(outcome.summary),
             algorithm=job.door.algorithm,
+            known=outcome.known,
         )
         seconds = time.monotonic() - started
         finished = datetime.now(UTC).isoformat(timespec="seconds")
@@ -284,6 +304,7 @@ def _open_tracker(config: Config, place: Place, parents: dict[str, Place], group
         job_type=place.stage,
         config=place.slice,
         inputs=inputs,
+        backend=config.tracking.backend,
         wandb_mode=config.tracking.wandb,
         project=config.tracking.project,
         entity=config.tracking.entity,

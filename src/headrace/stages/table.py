@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.artifacts.files import hash_file
+from headrace.config.addresses import is_address, repository
 from headrace.config.compose import to_dict
 from headrace.config.schema import Config
 from headrace.errors import UserError
@@ -32,13 +33,13 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("corpus", keys=("corpus",), parents=(), version=1),
+    Stage("corpus", keys=("corpus",), parents=(), version=2),
     Stage("tokenizer", keys=("tokenizer",), parents=("corpus",), version=1),
-    Stage("tokenize", keys=("tokens",), parents=("corpus", "tokenizer"), version=1),
-    Stage("pretrain", keys=("model", "precision", "recipe", "train", "seed"), parents=("tokenize",), version=2),
+    Stage("tokenize", keys=("tokens",), parents=("corpus", "tokenizer"), version=2),
+    Stage("pretrain", keys=("model", "precision", "recipe", "train", "seed"), parents=("tokenize",), version=3),
     Stage("convert", keys=("convert",), parents=("tokenizer", "pretrain"), version=1),
     Stage(
-        "evaluate", keys=("evaluate",), parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert"), version=1
+        "evaluate", keys=("evaluate",), parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert"), version=2
     ),
     Stage(
         "publish",
@@ -51,7 +52,7 @@ STAGES: tuple[Stage, ...] = (
         "report",
         keys=(),
         parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert", "evaluate", "publish"),
-        version=1,
+        version=3,
     ),
 )
 
@@ -88,7 +89,9 @@ def slices(config: Config, sources: str) -> dict[str, dict[str, Any]]:
         values = {key: tree[key] for key in stage.keys}
         if stage.name == "corpus":
             values["sources"] = sources
-        if stage.name == "tokenizer" and config.tokenizer.path:
+        if stage.name == "tokenizer" and is_address(config.tokenizer.path):
+            repository(config.tokenizer.path)  # names a commit, and that its content
+        elif stage.name == "tokenizer" and config.tokenizer.path:
             values["sources"] = tokenizer_files(Path(config.tokenizer.path))
         if stage.name == "precision_study":
             del values["study"]["in_report"]  # it says who reads the study, not what the study is

@@ -164,13 +164,15 @@ def take_up(
 def begin_from(source: Path, parts: Parts, same_rows: bool) -> Counters:
     """Start a new run from another run's checkpoint: its weights and moments; step and history anew.
 
-    The position in the data is taken over where both read the `same_rows`, else reading starts at the beginning.
+    The position in the data is taken over where both read the `same_rows`, else reading starts at the beginning. Where
+    there are weights alone (`headrace import`), the optimizer begins anew as well.
     """
     found, learner = open_checkpoint(source), parts.learner
     for kind, pieces in parts.held().items():
-        if kind != EMA:  # an average of this run's weights
+        if kind == MODEL or (kind == OPTIMIZER and kind in found.kinds):  # no average: it is one of this run's weights
             _fill(found, kind, pieces, names_everywhere(pieces, learner.mesh, learner.device))
-    parts.optimizer.load_state(found.state["optimizer"])
+    if OPTIMIZER in found.kinds:
+        parts.optimizer.load_state(found.state["optimizer"])
     return Counters(first_position=int(found.state["position"]) if same_rows else 0)
 
 

@@ -1,0 +1,59 @@
+"""Batches: every unit in one of them, and batches that lead nowhere stop."""
+
+from pathlib import Path
+
+import pytest
+
+from headrace.config.compose import load
+from headrace.errors import UserError
+from headrace.launch.deadline import StopRequested
+from headrace.stages import batches, corpus_scans, tokenize_shards
+from headrace.stages.batch_names import batch_names
+from headrace.stages.batches import batch_of
+from headrace.stages.graph import Graph
+from headrace.stages.tokenize_plan import BATCHES
+
+
+@pytest.mark.parametrize("per_job", [1, 2, 3, 4, 100])
+def test_every_unit_is_in_one_batch(per_job: int) -> None:
+    units = list(range(10))
+    names = batch_names(len(units), per_job)
+    assert [unit for name in names for unit in batch_of(name, units, per_job)] == units
+    for wrong in (f"{len(names):05d}", "-1", "x", ""):
+        with pytest.raises(UserError, match="give a number"):
+            batch_of(wrong, units, per_job)
+
+
+def test_a_batch_of_another_size_has_another_done_file(tmp_path: Path) -> None:
+    def folders(*changed: str) -> set[str]:
+        words = ("experiment=tiny", f"paths.results={tmp_path}", *changed)
+        graph, config = Graph({"set": " ".join(words)}, False), load(words)
+        names = {program.folder(config) for program in (corpus_scans.BATCHES, tokenize_shards.BATCHES, BATCHES)}
+        for program in ("corpus_scans", "tokenize_shards", "tokenize_plan"):
+            path = Path(graph.batch("tokenize", program, ".done"))
+            assert path.parent.name in names  # the rule declares what the job writes
+            assert f"{path.parent.name}/" in graph.batch_command("tokenize", program)
+        return names
+
+    changed = folders("launch.pieces_per_job=7", "launch.shards_per_job=7")
+    assert changed & folders() == {"tokenize_plan.1.batches"}
+
+
+def test_the_same_75_three_times_stops_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("some text\n" * 50)
+    words = [
+        "00000",
+        "experiment=tiny",
+        "corpus=files",
+        f"corpus.paths=[{tmp_path}/text.txt]",
+        f"paths.results={tmp_path}",
+    ]
+
+    def stop(*_: object) -> None:
+        raise StopRequested("SIGTERM")
+
+    monkeypatch.setattr(batches.manifests, "verify", stop)
+    assert [BATCHES.main(words) for _ in range(4)] == [75, 75, 75, 1]
+    assert "without progress" in capsys.readouterr().err.splitlines()[-1]
