@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from headrace.config.compose import load
 from project import Project, copy_of
@@ -59,10 +58,9 @@ def test_training_goes_on_from_a_hub_folder_of_the_same_tokenizer_alone(tiny: Pr
     result = pretrain(project.folder, named)
     assert result.returncode == 2
     assert "its model.rope_scaling is" in result.stderr  # it was trained on to a longer context
-    scaling = yaml.safe_dump(
-        load(["experiment=tiny"]).recipe.extensions[-1].rope_scaling.__dict__, default_flow_style=True
-    )
-    words = (named, f"model.rope_scaling={scaling.strip()}", "recipe.extensions=[]")
+    scaling = vars(load(["experiment=tiny"]).recipe.extensions[-1].rope_scaling)
+    written = ",".join(f"{key}:{value}" for key, value in scaling.items())
+    words = (named, f"model.rope_scaling={{{written}}}", "recipe.extensions=[]")
     result = pretrain(project.folder, *words, "recipe.learning_rate.warmup_steps=0")
     assert result.returncode == 0, result.stderr
     facts = json.loads((project.place("pretrain") / "artifact" / "training.json").read_text())

@@ -209,18 +209,17 @@ def multiply_rows(x_SI: Tensor, weight_EOI: Tensor, groups: Sequence[Group], add
 def add_product(gradient: Tensor, fresh: bool, left_SO: Tensor, right_SI: Tensor) -> None:
     """gradient [O, I] (FP32) += left^T right, or = where `fresh`; left and right in the compute dtype.
 
-    BF16 products come out of the GEMM in FP32, as on GPUs: rounded to BF16 they would depend on which rows are
-    multiplied by one call, so on the layout. The CPU has no such GEMM; there BF16 operands are widened, which is exact.
+    BF16 products come out of the GEMM in FP32 on CUDA. The CPU has no such GEMM: there the product of one call is
+    rounded to BF16 once, and the accumulation over calls is FP32.
     """
-    if left_SO.is_cuda and left_SO.dtype != gradient.dtype:
-        product = torch.mm(left_SO.T, right_SI, out_dtype=torch.float32)
+    if left_SO.dtype == gradient.dtype:
         if fresh:
-            gradient.copy_(product)
+            torch.mm(left_SO.T, right_SI, out=gradient)
         else:
-            gradient.add_(product)
+            gradient.addmm_(left_SO.T, right_SI)
         return
-    left_OS, right_SI = left_SO.T.to(gradient.dtype), right_SI.to(gradient.dtype)
+    product = torch.mm(left_SO.T, right_SI, out_dtype=torch.float32) if left_SO.is_cuda else mm(left_SO.T, right_SI)
     if fresh:
-        torch.mm(left_OS, right_SI, out=gradient)
+        gradient.copy_(product)
     else:
-        gradient.addmm_(left_OS, right_SI)
+        gradient.add_(product)
