@@ -60,7 +60,7 @@ def test_training_goes_on_from_a_hub_folder_of_the_same_tokenizer_alone(tiny: Pr
     assert "its model.rope_scaling is" in result.stderr  # it was trained on to a longer context
     scaling = vars(load(["experiment=tiny"]).recipe.extensions[-1].rope_scaling)
     written = ",".join(f"{key}:{value}" for key, value in scaling.items())
-    words = (named, f"model.rope_scaling={{{written}}}", "recipe.extensions=[]")
+    words = (named, f"model.rope_scaling={{{written}}}")
     result = pretrain(project.folder, *words, "recipe.learning_rate.warmup_steps=0")
     assert result.returncode == 0, result.stderr
     facts = json.loads((project.place("pretrain") / "artifact" / "training.json").read_text())
