@@ -31,7 +31,7 @@ test-fast: setup
 # All workflow faults are in one file, so its tests are shared out one by one.
 test-faults: setup
 	$(BIN)/pytest --numprocesses 2 -m "faults and workflow"
-	$(BIN)/pytest -m "faults and not workflow"
+	$(BIN)/pytest -m "faults and not workflow and not unproven"
 
 .PHONY: test-scale
 test-scale: setup

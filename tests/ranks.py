@@ -36,7 +36,7 @@ import torch, torch.distributed as dist
 rank, world, test, function, folder, arguments = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:7]
 torch.set_num_threads(1)
 store = dist.FileStore(f"{folder}/store", world)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(minutes=10))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
 specification = importlib.util.spec_from_file_location("body", test)
 module = importlib.util.module_from_spec(specification)
 sys.modules["body"] = module

@@ -37,8 +37,8 @@ def test_what_the_docs_say_of_idle_time_is_what_is_simulated(capsys: pytest.Capt
 
 
 def test_a_stage_of_half_a_rank_takes_half_the_time(capsys: pytest.CaptureFixture[str]) -> None:
-    found = rows(capsys, "parallel=dualpipe", "parallel.schedule=dualpipe_v")
-    assert found["idle share"].strip().startswith("7.7 %, 1 F of 13 F")  # N (F + B) and PP - 1 idle
+    found = rows(capsys, "parallel=dualpipe", "parallel.microbatch=1", "parallel.schedule=dualpipe_v")
+    assert found["idle share"].strip().startswith("4.0 %, 1 F of 25 F")  # N (F + B) and PP - 1 idle
 
 
 def test_one_process_has_no_layout(capsys: pytest.CaptureFixture[str]) -> None:

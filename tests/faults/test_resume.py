@@ -39,10 +39,11 @@ V3_RATES = (
 """At the demo's rates, ten times as high, losses drift to 1e-3 within 15 to 19 steps, in FP32 too."""
 LOSS_TOLERANCE = 1e-5
 """Relative: other layouts add gradients in another order."""
-WITH_EXPERTS_TOLERANCE = 1e-2
-"""In FP8 with experts on other ranks: their products have rows of other sequences, and are rounded to BF16 on a CPU.
+WITH_EXPERTS_TOLERANCE = 1e-3
+"""In FP8 with experts on other ranks. Not met: up to 7e-3 from the second step on.
 
-One process with microbatches of one and of two rows differs as much (docs/reliability.md)."""
+Their products have rows of other sequences and are rounded to BF16 on a CPU. One process with microbatches of one and
+of two rows differs as much (docs/reliability.md)."""
 
 
 def rows_by_step(file: Path) -> dict[int, list[str]]:
@@ -59,7 +60,7 @@ def losses(product: Product) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("case", ["fp8", "fp32", pytest.param("fp8 with experts", marks=pytest.mark.unproven)])
 def test_every_layout_goes_on_with_the_same_rows(case: str, fresh: Fresh, tmp_path: Path) -> None:
     settings = (f"precision={case.split()[0]}", *V3_RATES)
     undisturbed = fresh(*settings).with_fault("rows", file=str(tmp_path / "undisturbed.jsonl"))

@@ -21,7 +21,7 @@ def test_the_published_amount_is_6892_shards_and_59_terabytes() -> None:
     # 296 GB of documents' ends and 29 GB of rows' starts
     assert rows["token files"] == "59.2 TB of ids, 324.9 GB of indices (at 1,000 tokens a document)"
     assert rows["text"] == "59.2 TB at 4.00 bytes a token"
-    assert rows["jobs"].startswith("3,578: 1,850 of 1,000 pieces to scan, 1,724 of 4 shards")
+    assert rows["jobs"].startswith("2,078: 925 of 2,000 pieces to scan, 1,149 of 6 shards")
     assert rows["core-hours"].startswith("822 at 5 M tokens per core-second")
 
 

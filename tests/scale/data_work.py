@@ -144,20 +144,22 @@ class Work:
                 started = subprocess.Popen(command, stdout=log, stderr=log)
                 log.close()
                 running[started.pid] = program, started  # kept, or the next start would wait for this one's end
-            # By name: a test's process may have children of other makes.
-            ended_one = next((found for pid in running if (found := os.wait4(pid, os.WNOHANG))[0]), None)
-            if ended_one is None:
+            # Each by its number: pytest's process may have children of other makes.
+            found = [reaped for pid in running if (reaped := os.wait4(pid, os.WNOHANG))[0]]
+            if not found:
                 self._perhaps_kill(list(running))
                 time.sleep(0.02)
-                continue
-            pid, status, usage = ended_one
-            program, ended = running.pop(pid)
-            self.most_memory = max(self.most_memory, usage.ru_maxrss * 1024)
-            code = ended.returncode = os.waitstatus_to_exitcode(status)
-            if code == -signal.SIGKILL:
-                waiting.append(program)
-            else:
-                assert code == 0, f"{program} ended with {code}; see {self.results}.log"
+            for pid, status, usage in found:
+                waiting += self._ended(*running.pop(pid), status, usage.ru_maxrss * 1024)
+
+    def _ended(self, program: list[str], process: subprocess.Popen[bytes], status: int, memory: int) -> list[list[str]]:
+        """What is to be run again of a program that ended: itself, where it was killed."""
+        self.most_memory = max(self.most_memory, memory)
+        code = process.returncode = os.waitstatus_to_exitcode(status)
+        if code == -signal.SIGKILL:
+            return [program]
+        assert code == 0, f"{program} ended with {code}; see {self.results}.log"
+        return []
 
     def _perhaps_kill(self, pids: list[int]) -> None:
         if pids and self._kill_at and time.monotonic() >= self._kill_at[0]:

@@ -133,6 +133,7 @@ def compare(runs: Sequence[EvaluatedRun], resamples: int, seed: int = 0) -> dict
         "level": LEVEL,
         "power": POWER,
         "resamples": resamples,
+        "resamples_of_differences": drawn,
         "adjusted": f"Holm over {tested} differences",
         "rows": rows,
         "left_out": sorted(found),
