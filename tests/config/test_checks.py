@@ -97,8 +97,8 @@ def test_a_token_cannot_travel_with_the_scale_of_a_whole_tensor():
 def test_the_published_layout_and_the_demo_on_two_ranks_compose(published):
     assert (microbatches_of(published), schedule_of(published)[0]) == ([120], "dualpipe")
     for experiment in ("demo", "tiny"):
-        config = load([f"experiment={experiment}", "parallel=dualpipe"])
-        assert (microbatches_of(config), schedule_of(config)[0]) == ([4], "dualpipe")
+        config = load([f"experiment={experiment}", "parallel=dualpipe", "parallel.microbatch=1"])
+        assert (microbatches_of(config), schedule_of(config)[0]) == ([8], "dualpipe")
 
 
 def test_every_step_of_every_phase_has_a_schedule(published):
