@@ -1,5 +1,6 @@
 """`compare` finds finished evaluations by the beginnings of their names, verifies them, and writes the comparison."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -75,6 +76,8 @@ def test_runs_are_found_by_their_beginnings_and_compared_with_the_first(
     shown = capsys.readouterr()
     assert (folder / "compare.md").read_text() in shown.out and f"## {B} - {A}" in shown.out
     assert str(folder / "compare.md") in shown.err
+    page = (folder / "compare.html").read_text()
+    assert all(name in page for name in (A, B, C)) and "recipe.learning_rate.peak=0.002" in page
     before = (folder / "compare.json").read_bytes()
     assert call(results, "[3fa,3fb2,7]") == 0 and (folder / "compare.json").read_bytes() == before
     tracked = read_json(folder / "tracking" / "run.json")
@@ -105,6 +108,12 @@ def test_what_cannot_be_compared_is_said_in_one_line(
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
     assert not (results / "compare").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is not None, reason="trackio is installed")
+def test_a_tracker_that_is_not_installed_is_asked_for(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(results, "[3fa,3fb]", "tracking.backend=trackio", "tracking.wandb=offline") == 2
+    assert "tracking.backend=trackio: not installed" in capsys.readouterr().err
 
 
 def test_no_runs_named_is_the_users_mistake(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
