@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from headrace.cli import main
+from headrace.config.compose import load
+from headrace.stages.corpus_scans import task_items
 
 
 def rows(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
@@ -50,3 +52,20 @@ def test_what_is_impossible_is_said_in_one_line(capsys: pytest.CaptureFixture[st
     assert main(["plan", "parallel=dualpipe", "parallel.microbatch=4", *words]) == 2
     said = capsys.readouterr().err
     assert said.startswith("headrace plan: config: parallel.schedule=dualpipe") and said.count("\n") == 1
+
+
+def test_items_that_were_written_down_are_what_the_corpus_stage_seeks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "items.jsonl"
+    assert main(["items", str(path), "evaluate=offline"]) == 0
+    *rows, setting = capsys.readouterr().out.splitlines()
+    assert rows == ["humaneval_likelihood: 164 items", "reasoning_gym: made from a seed"]
+    override = setting.removeprefix("set='").removesuffix("'")
+    named = load(["experiment=tiny", "corpus.contamination_tasks=[]", override]).corpus
+    default = load(["experiment=tiny"]).corpus
+    assert task_items(named) == task_items(default) and len(task_items(default)) == 164
+    both = load(["experiment=tiny", override]).corpus
+    assert task_items(both) == task_items(default)  # each once
+    assert main(["items", str(path), "evaluate.tasks=[reasoning_gym]"]) == 2
+    assert "none of the evaluation's tasks has items: reasoning_gym: made from a seed" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`headrace runs | index | plan | sync | export | import`: results, frozen sources, plans, W&B upload, other formats.
+"""`headrace runs | index | items | plan | sync | export | import`: what the pipeline needs before and after a run.
 
 Thin: each command composes the configuration, asks one room and prints. Stages are not run from here: that is
 `snakemake`, or `python -m headrace.stages.<stage>`.
@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 0, or 2 with one line where the input is wrong."""
     arguments = _parser().parse_args(argv)
     try:
-        commands = {"runs": _runs, "index": _index, "plan": _plan, "sync": _sync, "import": _import, "export": _export}
-        text = commands[arguments.command](arguments)
+        text = _COMMANDS[arguments.command](arguments)
     except (Exception, KeyboardInterrupt) as error:
         code, reason = explain(error)
         if code == 1:
@@ -53,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. experiment=tiny model=v3_671b")
+    text = "write down the items of the evaluation's tasks, so that the corpus stage seeks them in training text"
+    command = commands.add_parser("items", help=text, description=text)
+    command.add_argument("file", type=Path, help="the file to make, e.g. items.jsonl")
+    command.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. evaluate=v3_base")
     command = commands.add_parser("export", help="a tokenized dataset as other trainers read it, in hard links")
     command.add_argument("folder", type=Path, help="a tokenize artifact, e.g. results/latest/tokenize/artifact")
     command.add_argument("output", type=Path, help="the folder to make")
@@ -95,6 +98,23 @@ def _index(arguments: argparse.Namespace) -> str:
     lock = index(config.corpus, path)
     size = sum(source.size for source in lock.files)
     return f"{path}: {len(lock.files):,} files, {size / 1e6:,.1f} MB, {lock.hash}"
+
+
+def _items(arguments: argparse.Namespace) -> str:
+    from headrace.corpus.contamination import Items
+    from headrace.corpus.item_files import write_items
+    from headrace.evaluation.item_texts import item_texts
+
+    items, absent = item_texts(load(arguments.overrides).evaluate)
+    if not items:
+        raise UserError("none of the evaluation's tasks has items: " + "; ".join(map(": ".join, absent.items())))
+    rows = [
+        (task, f"{counts['items']:,} items" + (f", {counts['unchecked']:,} too short" if counts["unchecked"] else ""))
+        for task, counts in Items(items).by_task().items()
+    ]
+    file = write_items(arguments.file, items)
+    setting = f"corpus.contamination_items={{path: {file.path}, sha256: {file.sha256}}}"
+    return "\n".join([*(f"{task}: {said}" for task, said in [*rows, *absent.items()]), f"set='{setting}'"])
 
 
 def _plan(arguments: argparse.Namespace) -> str:
@@ -162,6 +182,16 @@ def _sync(arguments: argparse.Namespace) -> str:
         raise UserError(f"{text}, {done.failed} failed (see above); run it again")
     return text
 
+
+_COMMANDS = {
+    "runs": _runs,
+    "index": _index,
+    "items": _items,
+    "plan": _plan,
+    "sync": _sync,
+    "export": _export,
+    "import": _import,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

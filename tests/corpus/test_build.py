@@ -195,6 +195,9 @@ def test_three_kinds_of_sources_at_once(config: CorpusConfig, tmp_path: Path) ->
     assert [number for number, _, _ in got] == sorted({number for number, _, _ in got})
     assert len(got) == summary["splits"]["train"]["documents"]
     by_source = {name: {text for _, source, text in got if source == name} for name in mixture}
+    for split in ("validation", "heldout"):  # each source is divided by itself
+        assert set(summary["splits"][split]["mixture"]) == set(mixture)
+        assert {row["kind"] for row in rows(named, tmp_path / "out")[split]} == set(mixture)
     assert by_source["web"] <= set(texts[:200]) and by_source["books"] <= set(texts[200:]) | {"book " * 50}
 
 
@@ -207,12 +210,14 @@ def test_training_text_with_evaluation_items_is_dropped_and_told(config: CorpusC
         Path(path).write_text(Path(path).read_text() + f"Q: {question.upper()}?")
     named = replace(config, contamination_tasks=("quiz",))
     (tmp_path / "out").mkdir()
-    items = [Item("quiz/1", question), Item("quiz/2", question.replace("rivers", "lakes").replace("winter", "spring"))]
+    other = question.replace("rivers", "lakes").replace("winter", "spring")
+    items = [Item("quiz/1", question), Item("quiz/2", other), Item("quiz/3", "too short a question")]
     summary = build_corpus(named, build_lock(named), tmp_path / "out", lambda message: None, items=items)
     assert summary["dropped"] == {"contaminated": 1}
     assert summary["contamination"] == {
-        "quiz/1": {"documents": 2, "share": 1.0}
-    }  # 3 of 9 n-grams of the other are too few
+        "tasks": {"quiz": {"items": 3, "unchecked": 1}},
+        "found": {"quiz/1": {"documents": 2, "share": 1.0}},  # 3 of 9 n-grams of the second are too few
+    }
     found = rows(named, tmp_path / "out")
     assert target not in {row["path"] for row in found["train"]} and held in {row["path"] for row in found["heldout"]}
 

@@ -4,10 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.corpus.split import assign
+from headrace.corpus.split import TRAIN, Shares, divide, of_directories
 from headrace.errors import UserError
 
 SIZES = {f"folder/{i}": 100 + 37 * i % 500 for i in range(400)}
+
+
+def assign(
+    sizes: dict[str, int], strata: dict[str, str], validation: float, heldout: float, **others: Shares
+) -> dict[str, str]:
+    """The split of each directory; `others` are strata with shares of their own."""
+    kinds = set(strata.values())
+    divided = {kind: of_directories({name: sizes[name] for name in sizes if strata[name] == kind}) for kind in kinds}
+    chosen = divide(divided, {**dict.fromkeys(kinds, Shares(validation, heldout)), **others})
+    return {name: chosen.get(name, TRAIN) for name in sizes}
 
 
 def bytes_of(splits: dict[str, str], sizes: dict[str, int], split: str) -> int:
@@ -33,6 +43,20 @@ def test_every_kind_is_in_every_split_where_it_has_groups_enough() -> None:
 def test_a_zero_fraction_leaves_its_split_empty() -> None:
     assert set(assign(SIZES, dict.fromkeys(SIZES, "code"), 0.0, 0.0).values()) == {"train"}
     assert set(assign(SIZES, dict.fromkeys(SIZES, "code"), 0.1, 0.0).values()) == {"train", "validation"}
+
+
+def test_each_source_has_the_shares_that_it_asks_for() -> None:
+    strata = {group: ("web", "books", "logs")[number % 3] for number, group in enumerate(SIZES)}
+    splits = assign(SIZES, strata, 0.02, 0.04, books=Shares(0.2, 0.1), logs=Shares(0.0, 0.0))
+    for source, validation, heldout in (("web", 0.02, 0.04), ("books", 0.2, 0.1), ("logs", 0, 0)):
+        own = {group: size for group, size in SIZES.items() if strata[group] == source}
+        for split, share in (("validation", validation), ("heldout", heldout)):
+            assert bytes_of(splits, own, split) / sum(own.values()) == pytest.approx(share, rel=0.25)
+
+
+def test_a_source_of_one_document_joins_those_that_can_be_divided() -> None:
+    splits = assign({**SIZES, "alone": 50}, {**dict.fromkeys(SIZES, "web"), "alone": "notes"}, 0.02, 0.02)
+    assert set(splits.values()) == {"train", "validation", "heldout"} and "alone" in splits
 
 
 @given(

@@ -20,6 +20,7 @@ from headrace.config.schema import HarnessTask
 from headrace.errors import UserError
 from headrace.evaluation import hub_tasks
 from headrace.evaluation.harness import ScorerLM, quiet
+from headrace.evaluation.item_texts import item_texts
 from headrace.evaluation.scorer import TransformersScorer
 from headrace.evaluation.statistics import clustered_mean, proportion
 from loopback_hub import LoopbackHub
@@ -227,6 +228,22 @@ def test_an_altered_definition_is_refused(folder: Path, wanted: Callable[..., Ha
     (copy.parent / "helper.py").write_text("")  # what a definition may import counts too
     with pytest.raises(UserError, match="defines it otherwise"):
         hub_tasks.load([task], "skip", tmp_path)
+
+
+def test_texts_of_all_items_are_question_and_right_answer(wanted: Callable[..., HarnessTask], folder: Path) -> None:
+    """Without shots, whatever their number is and however few items are evaluated; those of HumanEval beside them."""
+    named = tuple(wanted(task, "gold") for task in ("both", "sums", "code"))
+    config = replace(load_config(["evaluate=tiny"]).evaluate, harness=named)
+    items, absent = item_texts(config, folder)
+    assert set(absent) == {"code", "reasoning_gym"}
+    texts = {item.id: item.text for item in items}
+    lines = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        question, answer = line["question"], line["choices"][line["label"]]
+        assert texts[f"both/reading/{number}"] == f"{line['passage']} {question} {answer}"
+        assert texts[f"both/last_word/{number}"].split() == f"{question} {answer}".split()
+        assert texts[f"sums/sums/{number}"] == f"{question} {answer}"
+    assert len(texts) == 3 * ITEMS + 164 and "humaneval_likelihood/HumanEval/163" in texts
 
 
 def test_code_that_a_model_writes_is_never_run(wanted: Callable[..., HarnessTask], folder: Path) -> None:

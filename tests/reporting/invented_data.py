@@ -10,6 +10,7 @@ from headrace.reporting.data_facts import (
     FoundItem,
     Packing,
     Piece,
+    SoughtTask,
     Source,
     Split,
     Tokenizer,
@@ -75,7 +76,7 @@ def environment_data() -> Data:
             Drop("not UTF-8", 3, {}),
         ),
         damaged=(Damage("environment", {"not UTF-8": 3}, ("stdlib/test/bad.py: not UTF-8 (byte 0xe4 at offset 17)",)),),
-        contamination=Contamination(("humaneval_likelihood",), (), 0),
+        contamination=Contamination((SoughtTask("humaneval_likelihood", 164, 0),), (), 0),
         sources=tuple(
             Source(name, licences[i % 4], 900 - 80 * i, 9_000_000 - 850_000 * i) for i, name in enumerate(names)
         ),
@@ -119,7 +120,7 @@ def mixed_data() -> Data:
                 "web", {"not valid JSON": 7, "text is null": 1}, (f"web/<b>.jsonl line 4: not valid JSON {HOSTILE}",)
             ),
         ),
-        contamination=Contamination(("humaneval_likelihood",), items, 37),
+        contamination=Contamination((SoughtTask("humaneval_likelihood", 164, 4),), items, 37),
         sources=(Source("web", "not stated", 9_400_000, 41_000_000_000),),
         refused={},
         tokenizer=Tokenizer(129_280, "tokenizers", "0.23.2", "15.1", 0.1, 0.05),

@@ -27,7 +27,7 @@ from headrace.reporting.data import (
     read_data,
     section,
 )
-from headrace.reporting.data_facts import Amount, Data, Drop, FoundItem, Packing
+from headrace.reporting.data_facts import Amount, Data, Drop, FoundItem, Packing, SoughtTask
 from headrace.reporting.facts import ReportFacts
 from headrace.reporting.page import render
 from headrace.stages.token_units import Documents, encoder_of, units_of
@@ -57,7 +57,10 @@ def corpus_json() -> dict[str, Any]:
         "dropped_by_source": {"web": {"exact duplicate": 1}, "code": {"contaminated": 1, "exact duplicate": 3}},
         "damaged": {"web": {"text is null": 2}},
         "damaged_examples": {"web": ["a.jsonl line 3: text is null"]},
-        "contamination": {"t/1": {"documents": 2, "share": 0.5}, "t/2": {"documents": 1, "share": 1.0}},
+        "contamination": {
+            "tasks": {"t": {"items": 9, "unchecked": 2}},
+            "found": {"t/1": {"documents": 2, "share": 0.5}, "t/2": {"documents": 1, "share": 1.0}},
+        },
         "environment": {"python": "3.11.7", "packages": packages, "refused": {"x": "no licence"}},
     }
 
@@ -81,7 +84,7 @@ def dataset_json(*sources: str) -> dict[str, Any]:
 
 
 def test_one_source_is_told_apart_by_kind() -> None:
-    data = data_of(corpus_json(), dataset_json("", ""), ("t",), ())
+    data = data_of(corpus_json(), dataset_json("", ""), ())
     assert [(split.name, split.tokens, split.documents) for split in data.splits] == [
         ("train", 30, 3),
         ("held-out", 24, 3),
@@ -105,7 +108,7 @@ def test_one_source_is_told_apart_by_kind() -> None:
 
 
 def test_named_sources_have_their_tokens() -> None:
-    data = data_of({**corpus_json(), "environment": None}, dataset_json("web", "code", "code"), ("t",), ())
+    data = data_of({**corpus_json(), "environment": None}, dataset_json("web", "code", "code"), ())
     assert data.by == "source"
     assert data.splits[0].parts == (Amount("code", 2, 100, 50), Amount("web", 1, 20, 10))
     assert data.splits[1].parts == (Amount("code", 2, 100), Amount("web", 1, 20))  # one shard for all of them
@@ -115,13 +118,15 @@ def test_named_sources_have_their_tokens() -> None:
     ]
     assert data.contamination is not None
     assert data.contamination.found == (FoundItem("t/2", 1, 1.0), FoundItem("t/1", 2, 0.5))
-    assert (data.contamination.tasks, data.contamination.dropped) == (("t",), 1)
+    assert (data.contamination.tasks, data.contamination.dropped) == ((SoughtTask("t", 9, 2),), 1)
     assert ("stdlib", "not stated") in [(source.name, source.licence) for source in data.sources]
 
 
 def test_a_search_that_was_not_made_is_no_search_without_result(demo_facts: ReportFacts) -> None:
-    for table, words in ((None, "The text was not searched"), ({}, "searched for the items of t. No item was found.")):
-        data = data_of({**corpus_json(), "contamination": table}, dataset_json(""), ("t",), ())
+    nothing = {"tasks": {"t": {"items": 9, "unchecked": 2}, "u": {"items": 5, "unchecked": 0}}, "found": {}}
+    sought = "searched for 7 items of t (not for 2 that are too short), 5 items of u. No item was found."
+    for table, words in ((None, "The text was not searched"), (nothing, sought)):
+        data = data_of({**corpus_json(), "contamination": table}, dataset_json(""), ())
         assert words in words_of(demo_facts, data)
 
 
@@ -261,7 +266,7 @@ def make(root: Path) -> Made:
 
 @pytest.fixture(scope="module")
 def data(made: Made) -> Data:
-    return read_data(made.corpus, made.tokenizer, made.tokens, ("humaneval_likelihood",))
+    return read_data(made.corpus, made.tokenizer, made.tokens)
 
 
 def test_tokens_by_source_are_the_bytes_on_disk(made: Made, data: Data) -> None:
@@ -327,6 +332,7 @@ def test_a_real_dataset_makes_a_page(data: Data, demo_facts: ReportFacts) -> Non
 
 
 def test_items_that_were_found_are_counted_by_task() -> None:
-    assert contaminated(mixed_data()) == {"humaneval_likelihood": "30, their documents dropped"}
+    said = "30, their documents dropped; 4 of 164 items too short to be sought"
+    assert contaminated(mixed_data()) == {"humaneval_likelihood": said}
     assert contaminated(environment_data()) == {"humaneval_likelihood": "none"}
     assert contaminated(replace(environment_data(), contamination=None)) == contaminated(None) == {}

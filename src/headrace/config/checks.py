@@ -227,13 +227,16 @@ def _corpus(corpus: CorpusConfig) -> list[str]:
     names = [source.name for source in corpus.sources]
     wrong += [f"corpus.sources: two are named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
     wrong += [f"corpus.sources: {source.name} has no paths" for source in corpus.sources if not source.paths]
+    reserved = [name for name in names if name in ("environment", "files")]
+    wrong += [f"corpus.sources: {name} is a name of headrace's own; name the source otherwise" for name in reserved]
     if corpus.min_document_bytes > corpus.max_document_bytes:
         wrong.append(
             f"corpus.min_document_bytes={corpus.min_document_bytes} exceeds "
             f"corpus.max_document_bytes={corpus.max_document_bytes}"
         )
-    if corpus.validation_fraction + corpus.heldout_fraction >= 1:
-        wrong.append("corpus.validation_fraction and corpus.heldout_fraction leave no training text")
+    for name, source in (("", None), *((f"sources: {each.name}: ", each) for each in corpus.sources)):
+        if sum(corpus.fractions_of(source)) >= 1:
+            wrong.append(f"corpus.{name}validation_fraction and heldout_fraction leave no training text")
     return wrong
 
 

@@ -41,6 +41,8 @@ class SourceConfig:
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]  # a folder's name and a key of the mixture
     paths: tuple[str, ...]  # files, folders, globs; hf://datasets/..., s3://, gs://; datasets:// (corpus/hub_stream.py)
     text_field: str  # the field that holds the text in JSONL and Parquet
+    validation_fraction: Fraction | None = None  # of this source's text; null: as the corpus has it
+    heldout_fraction: Fraction | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class NearDuplicatesConfig:
     __pydantic_config__ = CLOSED
     threshold: Share  # estimated Jaccard similarity from which the later document is dropped
     shingle_words: Positive  # words in a shingle
+
+
+@dataclass(frozen=True)
+class ItemsFile:
+    """Evaluation items as `headrace items` writes them, and the hash that it prints: a path alone names no content."""
+
+    __pydantic_config__ = CLOSED
+    path: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,19 @@ class CorpusConfig:
     quality_filters: tuple[Literal["gopher_quality", "gopher_repetition", "fineweb_quality"], ...]  # datatrove's
     near_duplicates: NearDuplicatesConfig | None
     contamination_tasks: tuple[Literal["humaneval_likelihood"], ...]  # whose items must not be in training text
+    contamination_items: ItemsFile | None  # items of any other tasks
     max_bytes: Positive | None  # a deterministic sample of at most so many bytes of text; null takes all
     validation_fraction: Share
     heldout_fraction: Share
     sample_bytes: Positive  # training text put aside for learning a tokenizer
+
+    def fractions_of(self, source: SourceConfig | None) -> tuple[float, float]:
+        """(validation, held-out) of a named source's text; None: of text without a named source."""
+        validation, heldout = (source.validation_fraction, source.heldout_fraction) if source else (None, None)
+        return (
+            self.validation_fraction if validation is None else validation,
+            self.heldout_fraction if heldout is None else heldout,
+        )
 
 
 @dataclass(frozen=True)

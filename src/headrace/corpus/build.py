@@ -21,7 +21,7 @@ from headrace.corpus.extract import extract
 from headrace.corpus.listing import ENVIRONMENT
 from headrace.corpus.lock import Lock
 from headrace.corpus.pieces import PIECE_BYTES, pieces
-from headrace.corpus.scan import Scanner, scan_all
+from headrace.corpus.scan import Scanner, scan_each
 from headrace.corpus.select import run_selecting
 from headrace.corpus.selection import Selection, write_selection
 from headrace.corpus.tally import Survey, survey, tally
@@ -39,18 +39,20 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Read the locked sources and write the corpus into the folder `out`; returns what `corpus.json` holds.
 
-    `items` are those of the tasks that `corpus.contamination_tasks` names. Scans that lie in `scans` already are used;
-    None scans everything and keeps nothing. Raises `UserError` for a source that is not as locked, for too much damage,
-    and for a corpus without documents or too small to be split.
+    `items` are those that `corpus.contamination_tasks` and `contamination_items` name. Scans that lie in `scans`
+    are used; None scans everything and keeps nothing. Raises `UserError` for a source that is not as locked, for too
+    much damage, and for a corpus without documents or too small to be split.
     """
-    assert bool(items) == bool(config.contamination_tasks), "the stage hands in the items of the tasks that are named"
+    named = bool(config.contamination_tasks or config.contamination_items)
+    assert bool(items) == named, "the stage hands in the items that are named"
+    sought = Items(items) if items else None
     folder = scans or out / ".scans"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         cut = pieces(lock, piece_bytes)
-        scanner = Scanner(config, lock, Items(items) if items else None)
-        paths = scan_all(scanner, cut, folder, log)
-        summary = select_corpus(config, lock, paths, out)
+        scanner = Scanner(config, lock, sought)
+        paths = list(scan_each(scanner, cut, folder, "corpus"))
+        summary = select_corpus(config, lock, paths, out, sought)
         extract(Selection(out, lock.hash), lock, config, cut, out)
     finally:
         if scans is None:
@@ -61,7 +63,12 @@ def build_corpus(
 
 
 def select_corpus(
-    config: CorpusConfig, lock: Lock, scans: Sequence[Path], out: Path, range_documents: int = RANGE_DOCUMENTS
+    config: CorpusConfig,
+    lock: Lock,
+    scans: Sequence[Path],
+    out: Path,
+    sought: Items | None = None,
+    range_documents: int = RANGE_DOCUMENTS,
 ) -> dict[str, Any]:
     """Write the selection into `out` from the scans of all pieces, in order; returns what `corpus.json` holds."""
     for stale in {temporary for scan in scans[:1] for temporary in scan.parent.glob(".*.tmp")}:
@@ -84,7 +91,7 @@ def select_corpus(
         "dropped_by_source": counts.dropped(),
         "damaged": {source: dict(sorted(rules.items())) for source, rules in found.damaged.items()},
         "damaged_examples": found.examples,
-        "contamination": found.findings.table() if config.contamination_tasks else None,
+        "contamination": {"tasks": sought.by_task(), "found": found.findings.table()} if sought else None,
         "environment": _environment(config),
     }
 

@@ -5,9 +5,8 @@ counts as contained in a document when at least half of its n-grams are there, o
 low entropy (runs of numbers, a word repeated) are no evidence and are left out. Training documents that contain an item
 are dropped; items never are: `corpus.json` says which were found in how many documents, the report how many of a task.
 
-An item of under 13 words, or of low entropy throughout, has no n-grams and cannot be checked; `corpus.json` does not
-tell it from one that was sought and not found. Text without spaces between words (Chinese, Japanese) has long "words",
-and only exact sentences are found. Whose items are sought is `corpus.contamination_tasks`; HumanEval's is all it takes.
+An item of under 13 words, or of low entropy throughout, has no n-grams and cannot be sought; `corpus.json` counts such
+items. Text without spaces between words (Chinese, Japanese) has long "words", and only exact sentences are found.
 
 Memory is that of a slice, not that of a document: long texts are searched in parts that overlap (`text_slices`).
 """
@@ -35,7 +34,7 @@ _FILTER_BITS = 22
 
 @dataclass(frozen=True)
 class Item:
-    """One evaluation item: an id such as `humaneval/12`, and the text that must not have been trained on.
+    """One evaluation item: an id `task/...`, and the text that must not have been trained on.
 
     Hand in what is particular to the item (question, solution), without the template that all items share.
     """
@@ -74,6 +73,15 @@ class Items:
         pairs = np.unique(np.stack([self._item.astype(np.uint64), self._hashes]), axis=1)
         self.grams = np.bincount(pairs[0].astype(np.int64), minlength=len(items))
         """[items]: different n-grams of each; 0 for an item that cannot be checked."""
+
+    def by_task(self) -> dict[str, dict[str, int]]:
+        """By task: how many items there are, and how many of them have no n-grams and so cannot be sought."""
+        counts: dict[str, dict[str, int]] = {}
+        for id_, grams in zip(self.ids, self.grams.tolist(), strict=True):
+            task = counts.setdefault(id_.partition("/")[0], {"items": 0, "unchecked": 0})
+            task["items"] += 1
+            task["unchecked"] += grams == 0
+        return dict(sorted(counts.items()))
 
     def search(self, texts: Sequence[str]) -> list[Match]:
         """Which of the texts contain which items, ordered by text and item."""

@@ -1,7 +1,7 @@
 """Documents ordered by digest, more than fit into memory: one file for each range of digests.
 
 Digests are uniform, so ranges of equal width hold nearly equally many documents; all repetitions of a text fall into
-one range. What must be known of a document to deduplicate, sample and split is 38 bytes. Memory is bounded by one range
+one range. What must be known of a document to deduplicate, sample and split is 39 bytes. Memory is bounded by one range
 and the buffer that fills them, both `range_documents` records: about 150 bytes each while they are sorted.
 """
 
@@ -20,7 +20,7 @@ RECORD = np.dtype(
         ("ordinal", "<u8"),  # row among all scans: the reading order
         ("bytes", "<u8"),
         ("group", "<i4"),  # code of its directory; -1: the document is a group of its own
-        ("kind", "u1"),
+        ("kind", "<u2"),
         ("contaminated", "?"),
     ]
 )

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from headrace.config.schema import CorpusConfig
 from headrace.corpus.documents import read_chosen
+from headrace.corpus.listing import kind_in
 from headrace.corpus.lock import Lock
 from headrace.corpus.pieces import Piece
 from headrace.corpus.selection import Selection
@@ -49,7 +50,7 @@ def extract_piece(selection: Selection, lock: Lock, config: CorpusConfig, piece:
     for read in read_chosen(lock, config, piece, chosen, wanted):
         name = VALIDATION if validation[read.place] else HELDOUT if heldout[read.place] else SAMPLE
         document = read.document
-        yield name, Row(read.id, read.root, document.path, document.kind, document.text)
+        yield name, Row(read.id, read.root, document.path, kind_in(piece.source, document.kind), document.text)
 
 
 def write_extracts(rows: Iterable[tuple[str, Row]], out: Path) -> None:

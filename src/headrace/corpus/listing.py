@@ -63,6 +63,11 @@ def named_sources(config: CorpusConfig) -> tuple[SourceConfig, ...]:
     return config.sources or (SourceConfig(FILES, config.paths, config.text_field),)
 
 
+def kind_in(source: str, kind: str) -> str:
+    """What a document counts as: its kind of text, or its source where sources are named."""
+    return kind if source in (ENVIRONMENT, FILES) else source
+
+
 def list_user_files(paths: Sequence[str], source: str = FILES) -> list[Found]:
     """The files that `paths` means (files, folders, globs), sorted by root and name; hidden ones are left out.
 

@@ -9,7 +9,7 @@ is published in one rename: a killed scan leaves nothing but perhaps a temporary
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from headrace.artifacts.files import write_atomic
 from headrace.config.schema import CorpusConfig
 from headrace.corpus.contamination import Items
-from headrace.corpus.listing import Found, holds_many, named_sources
+from headrace.corpus.listing import Found, holds_many, kind_in, named_sources
 from headrace.corpus.lock import Lock, LockedFile, content_hash
 from headrace.corpus.near_duplicates import SIGNATURE_BYTES, open_signer
 from headrace.corpus.pieces import Piece
@@ -28,8 +28,9 @@ from headrace.corpus.quality import open_filters
 from headrace.corpus.readers import Damaged, Document, read_documents, too_long
 from headrace.corpus.remote import is_remote, look_up
 from headrace.errors import UserError
+from headrace.tracking.progress import progress_on
 
-VERSION = 2  # raised when a scan's meaning changes
+VERSION = 3  # raised when a scan's meaning changes
 DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [
@@ -48,6 +49,7 @@ _HOPELESS = 10_000  # so many such documents and not one good one before them: n
 _WRONG_SETTING = ("no field", "not valid JSON", "not a JSON object", "text is not a string")
 _ROWS = 1 << 17  # rows kept as Python objects at once
 _SEARCHED_BYTES = 4_000_000
+_RULES_SHOWN = 3
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Scanner:
         self._fields = {source.name: source.text_field for source in named_sources(config)}
         self._dropped_by = open_filters(config.quality_filters) if config.quality_filters else None
         self._sign = open_signer(config.near_duplicates) if config.near_duplicates else None
+        self._read, self._left_out = 0, Counter[str]()
 
     def scan(self, piece: Piece, folder: Path) -> Path:
         """Write the scan of a piece into `folder` unless it is there; returns its path.
@@ -90,6 +93,13 @@ class Scanner:
         writer.close()
         write_atomic(path, buffer.getvalue().to_pybytes())
         return path
+
+    def said(self) -> str:
+        """What this scanner has read and left out so far, for people; scans that were there already do not count."""
+        rules = (f"{count:,} {rule}" for rule, count in self._left_out.most_common(_RULES_SHOWN))
+        return ", ".join(
+            [f"{self._read:,} documents read", *(["left out: " + ", ".join(rules)] if self._left_out else [])]
+        )
 
     def inputs(self, piece: Piece) -> str:
         """A hash of all that the scan of a piece depends on."""
@@ -126,6 +136,7 @@ class Scanner:
                 yield found, document
                 continue
             damaged[document.rule] += 1
+            self._left_out[document.rule] += 1
             if len(summary.examples) < _EXAMPLES:
                 summary.examples.append(str(document))
             if not good:
@@ -145,13 +156,16 @@ class Scanner:
         size = document.unread or len(data)
         digest = hashlib.sha256(data).digest()[:DIGEST_BYTES]
         rule = self._rule(document, size) or ("exact duplicate" if digest in seen else None)
+        self._read += 1
         if rule is None:
             seen.add(digest)
+        else:
+            self._left_out[rule] += 1
         return {
             "digest": digest,
             "bytes": size,
             "group": None if holds_many(found.name) else found.group,
-            "kind": document.kind,
+            "kind": kind_in(found.source, document.kind),
             "root": found.root,
             "rule": rule,
             "contaminated": False,
@@ -223,11 +237,12 @@ def _made_from(path: Path) -> str | None:
         return None
 
 
-def scan_all(scanner: Scanner, pieces: Sequence[Piece], folder: Path, log: Callable[[str], None]) -> list[Path]:
-    """Scan all pieces in this process; returns their scans in order."""
-    paths = []
-    for piece in pieces:
-        paths.append(scanner.scan(piece, folder))
-        if (piece.number + 1) % 100 == 0:
-            log(f"corpus: {piece.number + 1:,} of {len(pieces):,} pieces read")
-    return paths
+def scan_each(scanner: Scanner, pieces: Sequence[Piece], folder: Path, name: str) -> Iterator[Path]:
+    """The scans of some pieces in their order; progress is shown under `name`."""
+    display = progress_on(name=name, unit="pieces")
+    try:
+        for done, piece in enumerate(pieces, 1):
+            yield scanner.scan(piece, folder)
+            display.show(done, len(pieces), scanner.said())
+    finally:
+        display.close()

@@ -21,7 +21,7 @@ from headrace.corpus.digest_ranges import RANGE_DOCUMENTS, RECORD, DigestRanges,
 from headrace.corpus.near_duplicates import near_duplicates
 from headrace.corpus.scan_columns import Coded, Columns, read_columns, read_signatures
 from headrace.corpus.selection import FATES, FIRST_RULE, PENDING
-from headrace.corpus.split import HELDOUT, SPLITS, TRAIN, Group, Stratum, divide, joined, of_directories
+from headrace.corpus.split import HELDOUT, SPLITS, TRAIN, Group, Shares, Stratum, divide, joined, of_directories
 from headrace.errors import UserError
 
 HELD_KIND = "english"
@@ -156,7 +156,7 @@ class Selecting:
 
     def _split(self) -> None:
         strata = self._strata()
-        chosen = divide(strata, self._config.validation_fraction, self._config.heldout_fraction)
+        chosen = divide(strata, self._shares())
         directories = np.array([SPLITS.index(chosen.get(name, TRAIN)) for name in self._groups.names], dtype=np.uint8)
         documents = {name: split for name, split in chosen.items() if isinstance(name, bytes)}
         held = self._held_kind()
@@ -181,6 +181,12 @@ class Selecting:
                     if halves[place, 1] == records["low"][index]:
                         self.fates[int(records["ordinal"][index])] = splits[place]
                     place += 1
+
+    def _shares(self) -> dict[str, Shares]:
+        """Of each kind; a named source is a kind (`listing.kind_in`)."""
+        shares = dict.fromkeys(self._kinds.names, Shares(*self._config.fractions_of(None)))
+        shares |= {source.name: Shares(*self._config.fractions_of(source)) for source in self._config.sources}
+        return shares
 
     def _held_kind(self) -> int:
         return self._kinds.of(HELD_KIND)

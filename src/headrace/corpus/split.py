@@ -1,9 +1,9 @@
 """Train, validation and held-out: whole groups go to one split, chosen by hash until each has its share of the text.
 
 A group is a second-level directory (neighbouring files repeat each other: a document-wise split would test on copies of
-the training text, or nearly) or, in JSONL and Parquet, a document. Groups of code, headers, documentation and text are
-divided apart, so that each kind is in each split where it has groups enough. Validation chooses settings; held-out text
-is for the reported figures and nothing else.
+the training text, or nearly) or, in JSONL and Parquet, a document. The groups of each named source are divided apart,
+with its own shares; of the others, code, headers, documentation and text. So each of them is in each split where it has
+groups enough. Validation chooses settings; held-out text is for the reported figures and nothing else.
 
 Groups are taken in the order of their ranks: the hash of a directory's name, the digest of a document. They are read
 from an iterator, and only those that are chosen are remembered: documents that are groups may be billions.
@@ -11,7 +11,6 @@ from an iterator, and only those that are chosen are remembered: documents that 
 
 import hashlib
 import heapq
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,20 +39,20 @@ class Stratum:
     in_order: Callable[[], Iterator[Group]]
 
 
+class Shares(NamedTuple):
+    """What part of a stratum's text goes into the splits that are not training text."""
+
+    validation: float
+    heldout: float
+
+    def wanted(self) -> list[tuple[str, float]]:
+        """The splits that get any, in the order in which they are filled."""
+        return [(split, share) for split, share in ((HELDOUT, self.heldout), (VALIDATION, self.validation)) if share]
+
+
 def rank(name: str) -> bytes:
     """The rank of a directory."""
     return hashlib.sha256(name.encode()).digest()[:RANK_BYTES]
-
-
-def assign(
-    sizes: Mapping[str, int], strata: Mapping[str, str], validation_fraction: float, heldout_fraction: float
-) -> dict[str, str]:
-    """The split of each directory; `sizes` are bytes by directory, `strata` its kind. See `divide`."""
-    kinds = sorted(set(strata.values()))
-    groups = {kind: [name for name in sizes if strata[name] == kind] for kind in kinds}
-    divided = {kind: of_directories({name: sizes[name] for name in names}) for kind, names in groups.items()}
-    chosen = divide(divided, validation_fraction, heldout_fraction)
-    return {name: chosen.get(name, TRAIN) for name in sizes}
 
 
 def of_directories(sizes: Mapping[str, int]) -> Stratum:
@@ -71,30 +70,32 @@ def joined(strata: Sequence[Stratum]) -> Stratum:
     )
 
 
-def divide(
-    strata: Mapping[str, Stratum], validation_fraction: float, heldout_fraction: float
-) -> dict[str | bytes, str]:
-    """The split of each group that is not training text, by name.
+def divide(strata: Mapping[str, Stratum], shares: Mapping[str, Shares]) -> dict[str | bytes, str]:
+    """The split of each group that is not training text, by name; `shares` are those of each stratum.
 
-    In each stratum groups are taken in the order of their ranks: into held-out until it has its fraction of the
-    stratum's bytes, then into validation. A group that would overfill a split by over a quarter is passed over, but a
-    split whose fraction is not 0 gets at least one. Strata with too few groups for that join the one that has most;
-    `UserError` if there are too few in all.
+    In each stratum groups are taken in the order of their ranks: into held-out until it has its share of the stratum's
+    bytes, then into validation. A group that would overfill a split by over a quarter is passed over, but a split whose
+    share is not 0 gets at least one. Strata with too few groups for that join the one that has most; `UserError` if
+    there are too few in all.
     """
-    wanted = [(HELDOUT, heldout_fraction), (VALIDATION, validation_fraction)]
-    wanted = [(split, fraction) for split, fraction in wanted if fraction > 0]
-    counts = Counter({name: stratum.count for name, stratum in strata.items()})
-    if counts.total() <= len(wanted):
+    wanted = {name: shares[name].wanted() for name in sorted(strata)}
+    counts = {name: strata[name].count for name in sorted(strata) if wanted[name]}
+    if not any(stratum.count for stratum in strata.values()):
+        raise UserError("corpus: too small: 0 group(s) of text; add text")
+    if not counts:
+        return {}
+    largest = max(counts, key=counts.__getitem__)
+    if sum(counts.values()) <= len(wanted[largest]):
         raise UserError(
-            f"corpus: too small: {counts.total()} group(s) of text (folders, or documents) cannot be divided into "
-            f"{', '.join([TRAIN, *(split for split, _ in wanted)])}; add text"
+            f"corpus: too small: {sum(counts.values())} group(s) of text (folders, or documents) cannot be divided "
+            f"into {', '.join([TRAIN, *(split for split, _ in wanted[largest])])}; add text"
         )
-    largest = max(sorted(counts), key=counts.__getitem__)
-    few = [name for name in sorted(counts) if counts[name] <= len(wanted) and name != largest]
+    few = [name for name in counts if counts[name] <= len(wanted[name]) and name != largest]
     chosen: dict[str | bytes, str] = {}
-    for name in sorted(counts):
+    for name in counts:
         if name not in few:
-            chosen |= _divide(joined([strata[each] for each in (name, *(few if name == largest else ()))]), wanted)
+            together = joined([strata[each] for each in (name, *(few if name == largest else ()))])
+            chosen |= _divide(together, wanted[name])
     return chosen
 
 

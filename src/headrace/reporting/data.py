@@ -1,7 +1,7 @@
 """The data of the run: what the corpus and tokenize artifacts say, as facts, and a section of the report."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from headrace.reporting.data_facts import (
     ExampleRow,
     FoundItem,
     Packing,
+    SoughtTask,
     Source,
     Split,
     Tokenizer,
@@ -32,15 +33,13 @@ _NAMES = {"train": "train", "validation": "validation", "heldout": "held-out"}
 _DUPLICATES, _CONTAMINATED = ("exact duplicate", "near duplicate"), "contaminated"
 
 
-def read_data(corpus: Path, tokenizer: Path, tokenize: Path, looked_for: Sequence[str]) -> Data:
-    """The folders of the three artifacts; `looked_for`: the tasks of `corpus.contamination_tasks`."""
+def read_data(corpus: Path, tokenizer: Path, tokenize: Path) -> Data:
+    """What the folders of the three artifacts say."""
     facts, dataset = read_json(corpus / CORPUS), read_json(tokenize / DATASET)
-    return data_of(facts, dataset, looked_for, example_rows(tokenizer, tokenize))
+    return data_of(facts, dataset, example_rows(tokenizer, tokenize))
 
 
-def data_of(
-    facts: Mapping[str, Any], dataset: Mapping[str, Any], looked_for: Sequence[str], rows: tuple[ExampleRow, ...]
-) -> Data:
+def data_of(facts: Mapping[str, Any], dataset: Mapping[str, Any], rows: tuple[ExampleRow, ...]) -> Data:
     """What corpus.json and dataset.json say."""
     named = any(shard["source"] for split in dataset["splits"].values() for shard in split["shards"])
     environment = facts["environment"] or {"packages": {}, "refused": {}, "python": ""}
@@ -56,7 +55,7 @@ def data_of(
             Damage(source, rules, tuple(facts["damaged_examples"][source]))
             for source, rules in facts["damaged"].items()
         ),
-        contamination=_contamination(facts, looked_for),
+        contamination=_contamination(facts),
         sources=_sources(facts["splits"], environment),
         refused=environment["refused"],
         tokenizer=Tokenizer(
@@ -101,21 +100,28 @@ def _drops(facts: Mapping[str, Any], *, by_source: bool) -> tuple[Drop, ...]:
     return tuple(sorted(drops, key=lambda drop: (-drop.documents, drop.rule)))
 
 
-def _contamination(facts: Mapping[str, Any], looked_for: Sequence[str]) -> Contamination | None:
-    if facts["contamination"] is None:
+def _contamination(facts: Mapping[str, Any]) -> Contamination | None:
+    told = facts["contamination"]
+    if told is None:
         return None
-    found = [FoundItem(item, row["documents"], row["share"]) for item, row in facts["contamination"].items()]
+    found = [FoundItem(item, row["documents"], row["share"]) for item, row in told["found"].items()]
     found.sort(key=lambda each: (-each.share, -each.documents, each.item))
-    return Contamination(tuple(looked_for), tuple(found), facts["dropped"].get(_CONTAMINATED, 0))
+    tasks = tuple(SoughtTask(task, row["items"], row["unchecked"]) for task, row in told["tasks"].items())
+    return Contamination(tasks, tuple(found), facts["dropped"].get(_CONTAMINATED, 0))
 
 
 def contaminated(data: Data | None) -> dict[str, str]:
     """By task, how many of its items were found in the text, before it was split; no entry: not looked for."""
     if data is None or data.contamination is None:
         return {}
-    looked_for, found = data.contamination.tasks, data.contamination.found
-    counts = Counter(task for task in looked_for for each in found if each.item.startswith(f"{task}/"))
-    return {task: f"{exact(counts[task])}, their documents dropped" if counts[task] else "none" for task in looked_for}
+    counts = Counter(each.item.partition("/")[0] for each in data.contamination.found)
+    return {task.name: _found(counts[task.name], task) for task in data.contamination.tasks}
+
+
+def _found(count: int, task: SoughtTask) -> str:
+    found = f"{exact(count)}, their documents dropped" if count else "none"
+    short = f"; {exact(task.unchecked)} of {exact(task.items)} items too short to be sought" if task.unchecked else ""
+    return found + short
 
 
 def _sources(splits: Mapping[str, Any], environment: Mapping[str, Any]) -> tuple[Source, ...]:

@@ -68,10 +68,19 @@ class FoundItem:
 
 
 @dataclass(frozen=True)
+class SoughtTask:
+    """A task whose items were looked for."""
+
+    name: str
+    items: int
+    unchecked: int  # too short, or without telling words
+
+
+@dataclass(frozen=True)
 class Contamination:
     """The search for evaluation items."""
 
-    tasks: tuple[str, ...]  # whose items were looked for
+    tasks: tuple[SoughtTask, ...]
     found: tuple[FoundItem, ...]  # the largest share first
     dropped: int  # training documents
 

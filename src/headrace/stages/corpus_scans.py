@@ -8,9 +8,10 @@ from pathlib import Path
 
 from headrace.config.schema import Config, CorpusConfig
 from headrace.corpus.contamination import Item, Items
+from headrace.corpus.item_files import read_items
 from headrace.corpus.lock import Lock
 from headrace.corpus.pieces import Piece, pieces
-from headrace.corpus.scan import Scanner
+from headrace.corpus.scan import Scanner, scan_each
 from headrace.stages.batches import Batches, Job, run
 from headrace.stages.places import Place
 
@@ -21,10 +22,13 @@ def scan_folder(run_folder: Path) -> Path:
 
 
 def task_items(config: CorpusConfig) -> list[Item]:
-    """The evaluation items that training text must not contain."""
+    """The evaluation items that training text must not contain, each once."""
     from headrace.evaluation.items import texts_of  # only where it is wanted
 
-    return [Item(id_, text) for task in config.contamination_tasks for id_, text in texts_of(task)]
+    items = [Item(id_, text) for task in config.contamination_tasks for id_, text in texts_of(task)]
+    own = {item.id for item in items}
+    others = read_items(config.contamination_items) if config.contamination_items else []
+    return items + [item for item in others if item.id not in own]
 
 
 def _make(job: Job, units: Sequence[Piece]) -> Iterator[str]:
@@ -32,8 +36,7 @@ def _make(job: Job, units: Sequence[Piece]) -> Iterator[str]:
     folder.mkdir(exist_ok=True)
     items = task_items(config)
     scanner = Scanner(config, job.lock, Items(items) if items else None)
-    for piece in units:
-        scanner.scan(piece, folder)
+    for piece, _ in zip(units, scan_each(scanner, units, folder, job.name), strict=True):
         yield f"piece {piece.name} of {piece.source} scanned"
 
 

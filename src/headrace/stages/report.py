@@ -54,7 +54,7 @@ def collect(run: Run) -> ReportFacts:
         ),
         config=_as_written(run.config, places),
         differences=read.differences(_as_written(load(), places), _as_written(run.config, places)),
-        data=read_data(folders["corpus"], folders["tokenizer"], folders["tokenize"], config.corpus.contamination_tasks),
+        data=read_data(folders["corpus"], folders["tokenizer"], folders["tokenize"]),
         training=read.read_training(folders["pretrain"], config.model),
         evaluation=read.read_evaluation(folders["evaluate"]),
         publication=_publication(folders["publish"], config),
