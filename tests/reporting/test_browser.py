@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from headrace.reporting.facts import Comparison, PipelineStep, PrecisionStudy, ReportFacts
-from headrace.reporting.page import write_report
+from headrace.reporting.page import render, with_comparisons, write_report
 from reporting.invented_data import mixed_data
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", shutil.which("chromium"), shutil.which("chromium-browser"),
@@ -98,8 +98,8 @@ def address(
     path = tmp_path_factory.mktemp("page") / "report.html"
     assert demo_facts.training is not None
     training = replace(demo_facts.training, pipeline_step=demo_step)
-    facts = replace(demo_facts, study=demo_study, training=training, comparisons=(demo_comparison,))
-    write_report(facts, path)
+    page = render(replace(demo_facts, study=demo_study, training=training))
+    path.write_text(with_comparisons(page, (demo_comparison,)), encoding="utf-8")
     return path.as_uri()
 
 

@@ -11,7 +11,7 @@ from headrace.artifacts.files import write_json
 from headrace.evaluation.comparison import EvaluatedRun, compare
 from headrace.reporting.comparison import read_comparisons, section
 from headrace.reporting.facts import Comparison, Estimate, ReportFacts
-from headrace.reporting.page import render, write_comparison
+from headrace.reporting.page import render, with_comparisons, write_comparison
 
 OURS, OTHER, THIRD = "0123456789ab", "3fa1c0ffee00", "77c0decade00"
 
@@ -19,6 +19,10 @@ OURS, OTHER, THIRD = "0123456789ab", "3fa1c0ffee00", "77c0decade00"
 def words(page: str) -> str:
     text = html.unescape(re.sub(r"<[^>]+>", " ", page)).replace("\N{NO-BREAK SPACE}", " ")
     return " ".join(text.replace("\N{MINUS SIGN}", "-").split())
+
+
+def compared(page: str) -> str:
+    return words(page[page.index('<section id="compared"') : page.index('<section id="agreement"')])
 
 
 def evaluated(name: str, scores: list[int], tasks: tuple[str, ...] = ("quiz",), *differs: str) -> EvaluatedRun:
@@ -57,9 +61,12 @@ def test_only_comparisons_that_this_run_takes_part_in_are_read(results: Path) ->
 
 
 def test_the_report_shows_values_differences_and_the_command(demo_facts: ReportFacts, results: Path) -> None:
-    assert "Runs compared" not in render(demo_facts)
-    page = render(replace(demo_facts, comparisons=read_comparisons(results, OURS)))
-    text = words(page[page.index('<section id="compared"') : page.index('<section id="agreement"')])
+    bare = render(demo_facts)
+    assert "This run was not compared with others." in compared(bare) and "snakemake compare" in compared(bare)
+    page = with_comparisons(bare, read_comparisons(results, OURS))
+    assert with_comparisons(page, ()) == with_comparisons(bare, ())
+    text = compared(page)
+    assert "was not compared" not in text
     # 100 pairs, 25 of which rise by 1: mean 0.25, s = sqrt(100 * 0.25 * 0.75 / 99), half-width 1.984 * s / 10
     for expected in (
         "quiz acc 100 100 0.500 [0.404, 0.596] 0.750 [0.657, 0.825]",
@@ -95,4 +102,4 @@ def test_names_from_a_file_stay_words(demo_facts: ReportFacts, demo_comparison: 
     attack = '"><script>alert(1)</script>'
     row = replace(demo_comparison.rows[0], task=attack, metric=attack)
     hostile = replace(demo_comparison, rows=(row,), adjusted=attack, left_out=(attack,), source=attack)
-    assert "<script" not in render(replace(demo_facts, comparisons=(hostile,)))
+    assert "<script" not in with_comparisons(render(demo_facts), (hostile,))

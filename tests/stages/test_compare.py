@@ -50,6 +50,15 @@ def finish(results: Path, name: str, scores: np.ndarray, learning_rate: float, s
     return folder
 
 
+def finished_report(results: Path, evaluate: str) -> Path:
+    folder = results / "report" / evaluate[::-1]
+    (folder / "artifact").mkdir(parents=True)
+    write_json(folder / "stage.json", {"parents": {"evaluate": evaluate}})
+    page = "<p>before</p><!--comparisons-->This run was not compared<!--/comparisons--><p>after</p>"
+    (folder / "artifact" / "report.html").write_text(page)
+    return folder
+
+
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     for name, rate in ((A, 1e-3), (B, 2e-3), (C, 1e-3)):
@@ -64,6 +73,7 @@ def call(results: Path, runs: str, *words: str) -> int:
 def test_runs_are_found_by_their_beginnings_and_compared_with_the_first(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    reports = {name: finished_report(results, name) for name in (A, C)}
     assert call(results, "[3fa,3fb2,7]") == 0
     (folder,) = (results / "compare").iterdir()
     facts: dict[str, Any] = read_json(folder / "compare.json")
@@ -76,6 +86,8 @@ def test_runs_are_found_by_their_beginnings_and_compared_with_the_first(
     shown = capsys.readouterr()
     assert (folder / "compare.md").read_text() in shown.out and f"## {B} - {A}" in shown.out
     assert str(folder / "compare.md") in shown.err
+    pages = {name: (folder / "report.html").read_text() for name, folder in reports.items()}
+    assert "77c0" in pages[C] and all(name in pages[A] for name in (A, B, C)) and "was not compared" not in pages[A]
     page = (folder / "compare.html").read_text()
     assert all(name in page for name in (A, B, C)) and "recipe.learning_rate.peak=0.002" in page
     before = (folder / "compare.json").read_bytes()

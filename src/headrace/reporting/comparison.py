@@ -1,4 +1,4 @@
-"""Runs compared: each other run against the first, paired item by item; a section of the report and a page of its own.
+"""Runs compared: each other run against the first, paired item by item; a section of shown reports, and a page alone.
 
 The figures are those of compare.json. Here they are only laid out: a chart per run and metric, since metrics share no
 axis, and everything in full beside it.

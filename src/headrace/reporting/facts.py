@@ -372,4 +372,3 @@ class ReportFacts:
     code: Mapping[str, str]  # "commit", "work tree"
     study: PrecisionStudy | None = None  # None: this report was not asked to show one
     reliability: Reliability | None = None
-    comparisons: tuple[Comparison, ...] = ()  # those that this run takes part in

@@ -5,7 +5,7 @@ and a content security policy forbids every load but embedded images: text that 
 """
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from headrace.reporting.facts import BitsPerByte, Comparison, PrecisionStudy, Re
 
 _HERE = Path(__file__).parent
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
+_BEGIN, _END = "<!--comparisons-->", "<!--/comparisons-->"
 _TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 """Classes of the characters that turn the direction of writing (Unicode Standard Annex 9)."""
 
@@ -31,6 +32,19 @@ def render(facts: ReportFacts) -> str:
 def write_report(facts: ReportFacts, path: Path) -> None:
     """Render and publish the page atomically; characters that UTF-8 cannot hold become '?'."""
     _write(render(facts), path)
+
+
+def with_comparisons(page: str, found: Sequence[Comparison]) -> str:
+    """A rendered report with the comparisons that its run takes part in instead of those that it shows.
+
+    They are made when the report is long finished, and it is a function of its stages alone: so they are laid into the
+    copy that people open.
+    """
+    before, _, rest = page.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    assert after, "every report has the place for them"
+    shown = [comparison.section(each) for each in found]
+    return before + _BEGIN + _template("comparison_section.html.j2").render(comparisons=shown) + _END + after
 
 
 def write_study(study: PrecisionStudy, path: Path) -> None:
@@ -126,7 +140,6 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         "kinds": figures.kinds_figure(evaluation, results) if evaluation else None,
         "tasks": figures.task_figures(evaluation, results) if evaluation else [],
         "contaminated": data.contaminated(facts.data),
-        "comparisons": [comparison.section(found) for found in facts.comparisons],
         "commands": _commands(facts),
         "baselines": _baseline_names(facts),
         "paired": (paired := _paired_names(facts)),

@@ -6,7 +6,7 @@
 `runs` are fingerprints of evaluate (`headrace runs` lists them) or beginnings of them, of any configurations; the first
 is what the others are compared with. Every artifact is verified before it is read. The result lies in
 `results/compare/<hash of the fingerprints>/`: `compare.json`, the same as Markdown, which is printed too, and as a
-page, and a tracked run with the differences.
+page, and a tracked run with the differences. Reports of these runs that are finished show it from then on.
 """
 
 import re
@@ -24,6 +24,7 @@ from headrace.evaluation.comparison import EvaluatedRun, compare, markdown
 from headrace.reporting.comparison import read_comparison
 from headrace.reporting.page import write_comparison
 from headrace.reporting.runs import differences
+from headrace.stages.report import show_page
 from headrace.stages.run import close_log, explain, fail, open_log
 from headrace.stages.table import fingerprint
 from headrace.tracking.tracker import Tracker
@@ -73,8 +74,15 @@ def write(config: Config, names: Sequence[str]) -> Path:
     write_json(folder / FACTS, facts)
     write_atomic(folder / TABLE, markdown(facts).encode())
     write_comparison(read_comparison(folder / FACTS, results), folder / PAGE)
+    _show_in_reports(results, set(found))
     _track(config, folder, folders, facts)
     return folder
+
+
+def _show_in_reports(results: Path, evaluates: set[str]) -> None:
+    for artifact in sorted((results / "report").glob("*/artifact")):
+        if read_json(artifact.parent / "stage.json")["parents"]["evaluate"] in evaluates:
+            show_page(artifact.parent)
 
 
 def _track(config: Config, folder: Path, compared: Sequence[Path], facts: dict[str, Any]) -> None:

@@ -5,14 +5,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace.artifacts.files import link_or_copy, read_json, write_atomic
+from headrace.artifacts.files import read_json, write_atomic
 from headrace.config.compose import group_to_dict, load
 from headrace.config.schema import Config
 from headrace.reporting import read
 from headrace.reporting.comparison import read_comparisons
 from headrace.reporting.data import read_data
 from headrace.reporting.facts import PrecisionStudy, Publication, ReportFacts
-from headrace.reporting.page import write_report
+from headrace.reporting.page import with_comparisons, write_report
 from headrace.reporting.reliability import RELIABILITY, read_reliability
 from headrace.reporting.table import summary_table
 from headrace.stages.places import Place
@@ -60,7 +60,6 @@ def collect(run: Run) -> ReportFacts:
         publication=_publication(folders["publish"], config),
         study=_study(run, folders),
         reliability=read_reliability(folders["pretrain"] / RELIABILITY),
-        comparisons=read_comparisons(run.place.folder.parents[1], run.parents["evaluate"].fingerprint),
         versions=trained["versions"],
         machine={key.replace("_", " "): str(value) for key, value in trained["machine"].items()},
         code={
@@ -101,10 +100,16 @@ def _publication(folder: Path, config: Config) -> Publication:
 
 def show(place: Place) -> None:
     """Lay the page beside the artifact, where Snakemake may delete it, and print the table."""
-    page = shown_page(place)
-    page.unlink(missing_ok=True)
-    link_or_copy(place.artifact / PAGE, page)
+    show_page(place.folder)
     print("\n" + (place.artifact / TABLE).read_text(encoding="utf-8"), file=sys.stderr)
+
+
+def show_page(folder: Path) -> None:
+    """Lay the page of a finished report beside its artifact, with all comparisons that its run takes part in by now."""
+    evaluate = read_json(folder / "stage.json")["parents"]["evaluate"]
+    page = (folder / "artifact" / PAGE).read_text(encoding="utf-8")
+    found = read_comparisons(folder.parents[1], evaluate)
+    write_atomic(folder / PAGE, with_comparisons(page, found).encode())
 
 
 def shown_page(place: Place) -> Path:
