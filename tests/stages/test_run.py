@@ -59,6 +59,30 @@ def test_a_finished_stage_is_verified_and_not_run_again(words: list[str], capsys
     assert "result.txt" in capsys.readouterr().err
 
 
+def test_an_input_is_hashed_once_and_whole_after_it_was_taken_quickly(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def corpus(run: Run) -> Outcome:
+        (run.output / "text.bin").write_bytes(bytes(2 << 20))
+        return write_one_file(run)
+
+    def tokenizer(run: Run) -> Outcome:
+        artifact = run.input("corpus", quick=True)
+        (artifact / "text.bin").write_bytes(b"\1" * (2 << 20))  # large, so quick does not see it
+        assert run.input("corpus", quick=True) == artifact and list(run.inputs) == ["corpus"]
+        with pytest.raises(UserError, match=r"text\.bin"):
+            run.input("corpus")
+        (artifact / "text.bin").write_bytes(bytes(2 << 20))
+        run.input("corpus")
+        (artifact / "result.txt").write_text("damage")
+        run.input("corpus")  # was verified
+        run.input("corpus", quick=True)
+        return write_one_file(run)
+
+    assert main(Door("corpus", corpus), words) == 0
+    assert main(Door("tokenizer", tokenizer), words) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [

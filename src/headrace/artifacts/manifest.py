@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from headrace.errors import UserError
 NAME = "manifest.json"
 SCHEMA = 1
 SMALL = 1 << 20
+_THREADS = min(8, os.cpu_count() or 1)
 _REMEDY = "remove this folder, and the file `done` beside it where there is one, to make it again"
 
 
@@ -128,10 +130,19 @@ def verify(folder: Path, hash_up_to: int | None = None) -> Manifest:
     present = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     for name in sorted(set(present) - set(manifest.files)):
         raise UserError(f"{folder / name}: not listed in {NAME}; {_REMEDY}")
-    for name, entry in manifest.files.items():
+    for name in manifest.files:
         if name not in present:
             raise UserError(f"{folder / name}: missing; {_REMEDY}")
-        _verify_file(present[name], entry, hash_up_to)
+    with ThreadPoolExecutor(_THREADS) as threads:  # reading and sha256 leave the interpreter to others
+        checks = [
+            threads.submit(_verify_file, present[name], entry, hash_up_to) for name, entry in manifest.files.items()
+        ]
+        try:
+            for check in checks:
+                check.result()
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
     return manifest
 
 

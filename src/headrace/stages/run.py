@@ -104,6 +104,7 @@ class Run:
     log: logging.Logger
     tracker: Tracker
     inputs: dict[str, str] = field(default_factory=dict)
+    _whole: set[str] = field(default_factory=set)  # inputs that were verified byte by byte
 
     @property
     def folder(self) -> Path:
@@ -115,10 +116,12 @@ class Run:
         return cast(Config, cast(CoveredConfig, self.config).replaced(groups))
 
     def input(self, parent: str, quick: bool = False) -> Path:
-        """A parent's artifact, verified byte by byte; `quick` leaves large files to readers that verify them."""
+        """A parent's artifact, verified byte by byte, once; `quick` leaves large files to readers that verify them."""
         place = self.parents[parent]
-        manifest = manifests.verify(place.artifact, manifests.SMALL if quick else None)
-        self.inputs[parent] = manifest.hash
+        if parent not in self._whole and not (quick and parent in self.inputs):
+            self.inputs[parent] = manifests.verify(place.artifact, manifests.SMALL if quick else None).hash
+            if not quick:
+                self._whole.add(parent)
         return place.artifact
 
 
