@@ -26,5 +26,18 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole workflows first: they take longest, and workers should come to their ends together."""
-    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
+    """Whole workflows first: they take longest, and workers should come to their ends together.
+
+    Two workers begin with the first two files. The first one makes the run that all workflow tests copy; the second
+    compiles the kernels meanwhile, which needs no such run.
+    """
+    first = next((item.path for item in items if item.get_closest_marker("workflow")), None)
+
+    def place(item: pytest.Item) -> int:
+        if item.path == first:
+            return 0
+        if item.path.name == "test_ahead_of_time.py":
+            return 1
+        return 2 if item.get_closest_marker("workflow") else 3
+
+    items.sort(key=place)

@@ -1,18 +1,27 @@
 """The real snakemake on experiment=tiny: one whole run for all tests."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from project import Project, copy_of
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = Project(tmp_path_factory.mktemp("tiny"))
-    result = project.run()
-    assert result.returncode == 0, result.stderr
+    """Made once for all workers; one that failed is made again by the next worker, and fails there too."""
+    beside = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent if beside else tmp_path_factory.getbasetemp()
+    project, made = Project(folder / "tiny"), folder / "tiny-is-made"
+    with FileLock(folder / "tiny.lock"):
+        if not made.exists():
+            project.folder.mkdir(exist_ok=True)
+            result = project.run()
+            assert result.returncode == 0, result.stderr
+            made.touch()
     return project
 
 
