@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -129,15 +130,21 @@ def test_snakemake_words_become_hydra_overrides() -> None:
     assert words == ["experiment=tiny", "a.b=[1, 2]", "c='x y'", "recipe.optimizer.name=adamw"]
 
 
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1)
+
+
 @settings(deadline=None)
-@given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
-@example("\\'")
-@example("\\\\'\\")
-def test_any_text_from_yaml_reaches_hydra_as_it_is(text: str) -> None:
-    if "${" in text or text.startswith("["):
-        return
-    words = overrides_from({"publish": {"title": f"a {text}"}, "convert": {"step": None}})
-    config = load(words)
+@given(st.lists(TEXT.filter(lambda text: "${" not in text and not text.startswith("[")), min_size=10, max_size=30))
+@example(["\\'", "\\\\'\\"])
+def test_any_text_from_yaml_reaches_hydra_as_it_is(texts: list[str]) -> None:
+    words = [word for text in texts for word in overrides_from({"a": {"title": f"a {text}"}, "b": {"step": None}})]
+    values = [override.value() for override in OverridesParser.create().parse_overrides(words)]
+    assert values == [value for text in texts for value in (f"a {text}", None)]
+
+
+@pytest.mark.parametrize("text", ["\\'", "\\\\'\\", '"x" = {y: [z]}, \N{SNOWMAN}', "a=b;c %d #e ~f"])
+def test_such_text_is_the_value_of_the_setting(text: str) -> None:
+    config = load(overrides_from({"publish": {"title": f"a {text}"}, "convert": {"step": None}}))
     assert (config.publish.title, config.convert.step) == (f"a {text}", None)
 
 
