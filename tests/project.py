@@ -51,7 +51,11 @@ def copy_of(project: Project, folder: Path, stages: tuple[str, ...]) -> Project:
     """Hard links of some finished stages, times kept, as if they had been run in `folder`."""
     for name in (*stages, "locks"):
         shutil.copytree(
-            project.folder / "results" / name, folder / "results" / name, copy_function=_link, symlinks=True
+            project.folder / "results" / name,
+            folder / "results" / name,
+            copy_function=_link,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("*lease*", ".*.tmp"),  # another worker may run a stage there
         )
     return Project(folder)
 

@@ -1,5 +1,6 @@
 """What `headrace` prints."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -57,15 +58,18 @@ def test_what_is_impossible_is_said_in_one_line(capsys: pytest.CaptureFixture[st
 def test_items_that_were_written_down_are_what_the_corpus_stage_seeks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "items.jsonl"
+    path = tmp_path / "it's (1), a.jsonl"
     assert main(["items", str(path), "evaluate=offline"]) == 0
     *rows, setting = capsys.readouterr().out.splitlines()
     assert rows == ["humaneval_likelihood: 164 items", "reasoning_gym: made from a seed"]
-    override = setting.removeprefix("set='").removesuffix("'")
+    (word,) = shlex.split(setting)
+    override = word.removeprefix("set=")
     named = load(["experiment=tiny", "corpus.contamination_tasks=[]", override]).corpus
     default = load(["experiment=tiny"]).corpus
     assert task_items(named) == task_items(default) and len(task_items(default)) == 164
     both = load(["experiment=tiny", override]).corpus
     assert task_items(both) == task_items(default)  # each once
+    assert main(["items", str(tmp_path / "none" / "items.jsonl")]) == 2
+    assert "no such folder" in capsys.readouterr().err
     assert main(["items", str(path), "evaluate.tasks=[reasoning_gym]"]) == 2
     assert "none of the evaluation's tasks has items: reasoning_gym: made from a seed" in capsys.readouterr().err

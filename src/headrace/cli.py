@@ -6,6 +6,7 @@ Thin: each command composes the configuration, asks one room and prints. Stages 
 
 import argparse
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.artifacts.files import read_json
-from headrace.config.compose import load
+from headrace.config.compose import in_hydras_words, load
 from headrace.config.schema import Config
 from headrace.errors import UserError
 from headrace.stages.run import explain
@@ -105,7 +106,10 @@ def _items(arguments: argparse.Namespace) -> str:
     from headrace.corpus.item_files import write_items
     from headrace.evaluation.item_texts import item_texts
 
-    items, absent = item_texts(load(arguments.overrides).evaluate)
+    config = load(arguments.overrides)
+    if not arguments.file.parent.is_dir():  # said before anything is downloaded
+        raise UserError(f"{arguments.file}: no such folder as {arguments.file.parent}; make it first")
+    items, absent = item_texts(config.evaluate)
     if not items:
         raise UserError("none of the evaluation's tasks has items: " + "; ".join(map(": ".join, absent.items())))
     rows = [
@@ -113,8 +117,8 @@ def _items(arguments: argparse.Namespace) -> str:
         for task, counts in Items(items).by_task().items()
     ]
     file = write_items(arguments.file, items)
-    setting = f"corpus.contamination_items={{path: {file.path}, sha256: {file.sha256}}}"
-    return "\n".join([*(f"{task}: {said}" for task, said in [*rows, *absent.items()]), f"set='{setting}'"])
+    setting = f"corpus.contamination_items={{path: {in_hydras_words(file.path)}, sha256: {file.sha256}}}"
+    return "\n".join([*(f"{task}: {said}" for task, said in [*rows, *absent.items()]), shlex.quote(f"set={setting}")])
 
 
 def _plan(arguments: argparse.Namespace) -> str:

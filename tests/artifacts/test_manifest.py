@@ -1,10 +1,13 @@
 """Manifests: every byte is covered, nothing half-written is taken for finished, nothing is overwritten."""
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from headrace.artifacts import files
 from headrace.artifacts import manifest as manifests
 from headrace.errors import UserError
 
@@ -118,3 +121,33 @@ def test_commit_needs_a_manifest_and_never_overwrites(tmp_path: Path) -> None:
 
 def test_equal_folders_have_equal_manifests(tmp_path: Path) -> None:
     assert make(tmp_path / "one").hash == make(tmp_path / "two").hash
+
+
+def test_a_signal_does_not_wait_until_everything_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many files of many chunks, each of which takes a while."""
+    for number in range(4):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / f"{number}.bin").write_bytes(bytes(8 << 20))
+    manifests.build(tmp_path / "x", kind="k", producer={}, inputs={}, summary={}, algorithm="xxh3")
+
+    class Slow:
+        def update(self, _: memoryview) -> None:
+            time.sleep(0.2)
+
+        def hexdigest(self) -> str:
+            return ""
+
+    monkeypatch.setitem(files._HASHERS, "xxh3", Slow)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    begun = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            manifests.verify(tmp_path / "x")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - begun < 1.5
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -196,7 +196,7 @@ def test_an_impossible_ramp_is_named(words, named):
     ("changed", "named"),
     [
         ({"name": "main"}, "recipe.extensions: main is the name of another phase"),
-        ({"sequence_length": 5000}, "recipe.extensions.longer.sequence_length=5000 does not fit 4096 positions"),
+        ({"sequence_length": 257}, "recipe.extensions.longer.sequence_length=257 does not fit 256 positions"),
         ({"batch_sequences": 3}, "parallel.data=2 must divide recipe.extensions.longer.batch_sequences=3"),
         ({"beta_fast": 1.0}, "recipe.extensions.longer.rope_scaling.beta_fast=1.0 must exceed"),
     ],

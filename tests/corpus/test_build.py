@@ -201,6 +201,24 @@ def test_three_kinds_of_sources_at_once(config: CorpusConfig, tmp_path: Path) ->
     assert by_source["web"] <= set(texts[:200]) and by_source["books"] <= set(texts[200:]) | {"book " * 50}
 
 
+def test_sources_that_share_folders_are_divided_each_by_itself_whatever_their_names(
+    config: CorpusConfig, tmp_path: Path
+) -> None:
+    """`english` is also the kind of text that the environment corpus holds out."""
+    for number in range(60):
+        folder = Path(f"tree/a/{number}")
+        folder.mkdir(parents=True)
+        (folder / "code.py").write_text(f"value = {number}\n" * 30)
+        (folder / "prose.md").write_text(f"words of page {number}\n" * 30)
+    sources = (
+        SourceConfig("code", ("tree/**/*.py",), "text"),
+        SourceConfig("english", ("tree/**/*.md",), "text", validation_fraction=0.0, heldout_fraction=0.0),
+    )
+    splits = build(replace(config, paths=(), sources=sources), tmp_path / "out")["splits"]
+    assert splits["train"]["mixture"]["english"]["documents"] == 60
+    assert [set(splits[name]["mixture"]) for name in ("validation", "heldout")] == [{"code"}, {"code"}]
+
+
 def test_training_text_with_evaluation_items_is_dropped_and_told(config: CorpusConfig, tmp_path: Path) -> None:
     question = "which of the seven rivers that cross the old town was the last one to be covered by a road in winter"
     clean = {row["path"]: split for split, found in _built(config, tmp_path / "clean").items() for row in found}

@@ -27,6 +27,7 @@ CONFIG = replace(
     load(["corpus=files", "corpus.paths=[x]", "corpus.contamination_tasks=[]"]).corpus,
     validation_fraction=0.1,
     heldout_fraction=0.2,
+    source="environment",  # which holds its English book out
 )
 
 

@@ -54,9 +54,22 @@ def test_each_source_has_the_shares_that_it_asks_for() -> None:
             assert bytes_of(splits, own, split) / sum(own.values()) == pytest.approx(share, rel=0.25)
 
 
-def test_a_source_of_one_document_joins_those_that_can_be_divided() -> None:
-    splits = assign({**SIZES, "alone": 50}, {**dict.fromkeys(SIZES, "web"), "alone": "notes"}, 0.02, 0.02)
-    assert set(splits.values()) == {"train", "validation", "heldout"} and "alone" in splits
+def test_sources_too_small_join_those_of_the_same_shares() -> None:
+    sizes = {"a": 5, "b": 6, "c": 7}  # three groups are needed, and no source has them alone
+    splits = assign(sizes, {"a": "web", "b": "web", "c": "notes"}, 0.2, 0.2)
+    assert sorted(splits.values()) == ["heldout", "train", "validation"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_source_too_small_for_its_own_shares_is_named(groups: int) -> None:
+    own = {f"own/{number}": 50 for number in range(groups)}
+    sizes, strata = {**SIZES, **own}, {**dict.fromkeys(SIZES, "web"), **dict.fromkeys(own, "notes")}
+    with pytest.raises(UserError, match=rf"{groups} group\(s\) of text \(folders, or documents\) in notes cannot"):
+        assign(sizes, strata, 0.02, 0.02, notes=Shares(0.1, 0.1))
+    assert {assign(sizes, strata, 0.02, 0.02, notes=Shares(0, 0))[group] for group in own} == {"train"}
+    if groups == 2:  # enough for training text and one split
+        splits = assign(sizes, strata, 0.02, 0.02, notes=Shares(0, 0.1))
+        assert sorted(splits[group] for group in own) == ["heldout", "train"]
 
 
 @given(

@@ -239,10 +239,10 @@ def test_texts_of_all_items_are_question_and_right_answer(wanted: Callable[..., 
     texts = {item.id: item.text for item in items}
     lines = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
     for number, line in enumerate(lines):
-        question, answer = line["question"], line["choices"][line["label"]]
-        assert texts[f"both/reading/{number}"] == f"{line['passage']} {question} {answer}"
-        assert texts[f"both/last_word/{number}"].split() == f"{question} {answer}".split()
-        assert texts[f"sums/sums/{number}"] == f"{question} {answer}"
+        question, answer = line["question"].removeprefix("a "), line["choices"][line["label"]]
+        passage = line["passage"].removeprefix("the quick brown ")  # which all of them begin with
+        assert texts[f"both/reading/{number}"] == f"{passage} a {question} {answer}"
+        assert texts[f"both/last_word/{number}"] == texts[f"sums/sums/{number}"] == f"{question} {answer}"
     assert len(texts) == 3 * ITEMS + 164 and "humaneval_likelihood/HumanEval/163" in texts
 
 

@@ -61,7 +61,7 @@ def test_the_gather_reads_no_shard_and_takes_what_records_name(
     for stray in (".web.train-00000-of-00003.bin.0123abcd.tmp", "train-00000-of-00009.bin"):
         (shards / stray).write_bytes(b"of another process")
     hash_file = manifests.hash_file
-    monkeypatch.setattr(manifests, "hash_file", lambda path, how: (hashed.append(path.name), hash_file(path, how))[1])
+    monkeypatch.setattr(manifests, "hash_file", lambda path, *how: (hashed.append(path.name), hash_file(path, *how))[1])
     with monkeypatch.context() as patch:
         patch.setattr(shards_module, "describe", None)
         assert main(tokenize.DOOR, words) == 0

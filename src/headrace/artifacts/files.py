@@ -99,11 +99,16 @@ def hash_bytes(data: bytes | memoryview, algorithm: Algorithm) -> str:
     return f"{algorithm}:{hasher.hexdigest()}"
 
 
-def hash_file(path: Path, algorithm: Algorithm) -> str:
-    """`<algorithm>:<hex digest>` of a file: sha256 for what is published, xxh3 (128 bits) for what is loaded often."""
+def hash_file(path: Path, algorithm: Algorithm, stopped: Callable[[], bool] = lambda: False) -> str:
+    """`<algorithm>:<hex digest>` of a file: sha256 for what is published, xxh3 (128 bits) for what is loaded often.
+
+    Raises `InterruptedError` as soon as `stopped` says so.
+    """
     hasher, chunk = _HASHERS[algorithm](), memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(chunk):
+            if stopped():
+                raise InterruptedError(f"{path}: nobody needs its hash any more")
             hasher.update(chunk[:size])
     return f"{algorithm}:{hasher.hexdigest()}"
 

@@ -7,10 +7,11 @@ manifest's own hash covers all its fields; children record it as the identity of
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from headrace.artifacts.files import (
@@ -133,14 +134,17 @@ def verify(folder: Path, hash_up_to: int | None = None) -> Manifest:
     for name in manifest.files:
         if name not in present:
             raise UserError(f"{folder / name}: missing; {_REMEDY}")
+    enough = Event()
     with ThreadPoolExecutor(_THREADS) as threads:  # reading and sha256 leave the interpreter to others
         checks = [
-            threads.submit(_verify_file, present[name], entry, hash_up_to) for name, entry in manifest.files.items()
+            threads.submit(_verify_file, present[name], entry, hash_up_to, enough.is_set)
+            for name, entry in manifest.files.items()
         ]
         try:
             for check in checks:
                 check.result()
-        except BaseException:
+        except BaseException:  # a signal to stop, too
+            enough.set()
             threads.shutdown(cancel_futures=True)
             raise
     return manifest
@@ -156,13 +160,13 @@ def content(folder: Path, manifest: Manifest, name: str) -> bytes:
     return data
 
 
-def _verify_file(path: Path, entry: FileEntry, hash_up_to: int | None) -> None:
+def _verify_file(path: Path, entry: FileEntry, hash_up_to: int | None, stopped: Callable[[], bool]) -> None:
     size = path.stat().st_size
     if size != entry.size:
         raise UserError(f"{path}: {size} bytes, its manifest says {entry.size}; {_REMEDY}")
     if hash_up_to is not None and size > hash_up_to and path.suffix != ".json":
         return
-    if hash_file(path, _algorithm(entry)) != entry.hash:
+    if hash_file(path, _algorithm(entry), stopped) != entry.hash:
         raise UserError(f"{path}: damaged (hash differs from its manifest); {_REMEDY}")
 
 

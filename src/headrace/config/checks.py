@@ -19,7 +19,7 @@ def problems(config: Config) -> list[str]:
     return [
         *model_problems(config.model),
         *_recipe(config.recipe),
-        *_extensions(config.recipe.extensions, config.model),
+        *_extensions(config.recipe.extensions),
         *_rows(config),
         *_precision(config.precision.fp8, "precision.fp8"),
         *_precision(config.study.candidate.fp8, "study.candidate.fp8"),
@@ -121,18 +121,18 @@ def _ramp(recipe: RecipeConfig, ramp: BatchRampConfig) -> list[str]:
     return wrong
 
 
-def _extensions(extensions: tuple[ExtensionConfig, ...], model: ModelConfig) -> list[str]:
+def _extensions(extensions: tuple[ExtensionConfig, ...]) -> list[str]:
     wrong, names = [], [RAMP, MAIN]
     for extension in extensions:
         where, scaling = f"recipe.extensions.{extension.name}", extension.rope_scaling
         if extension.name in names:
             wrong.append(f"recipe.extensions: {extension.name} is the name of another phase")
         names.append(extension.name)
-        reach = max(model.max_position_embeddings, scaling.factor * scaling.original_max_position_embeddings)
+        reach = scaling.factor * scaling.original_max_position_embeddings
         if extension.sequence_length > reach:
             wrong.append(
-                f"{where}.sequence_length={extension.sequence_length} does not fit {reach:.0f} positions: neither "
-                f"model.max_position_embeddings nor {where}.rope_scaling.factor x original_max_position_embeddings"
+                f"{where}.sequence_length={extension.sequence_length} does not fit {reach:.0f} positions, "
+                f"{where}.rope_scaling.factor x original_max_position_embeddings"
             )
         wrong += _scaling(scaling, f"{where}.rope_scaling")
     return wrong
@@ -227,7 +227,7 @@ def _corpus(corpus: CorpusConfig) -> list[str]:
     names = [source.name for source in corpus.sources]
     wrong += [f"corpus.sources: two are named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
     wrong += [f"corpus.sources: {source.name} has no paths" for source in corpus.sources if not source.paths]
-    reserved = [name for name in names if name in ("environment", "files")]
+    reserved = [name for name in names if name in ("environment", "files", "all")]
     wrong += [f"corpus.sources: {name} is a name of headrace's own; name the source otherwise" for name in reserved]
     if corpus.min_document_bytes > corpus.max_document_bytes:
         wrong.append(

@@ -98,9 +98,9 @@ def overrides_from(snakemake_config: Mapping[str, Any]) -> list[str]:
         if key == "set":
             overrides += split_words(_with_last_quote(str(value)))
         elif isinstance(value, Mapping):
-            overrides += [f"{name}={_in_hydras_words(item)}" for name, item in _flatten(key, value)]
+            overrides += [f"{name}={in_hydras_words(item)}" for name, item in _flatten(key, value)]
         else:
-            overrides.append(f"{key}={_in_hydras_words(value)}")
+            overrides.append(f"{key}={in_hydras_words(value)}")
     return overrides
 
 
@@ -129,10 +129,10 @@ def _row_lengths(recipe: Any) -> list[int]:
     return list(dict.fromkeys([recipe.sequence_length, *(phase.sequence_length for phase in recipe.extensions)]))
 
 
-def _in_hydras_words(value: Any) -> str:
+def in_hydras_words(value: Any) -> str:
     """A value that YAML has parsed, as Hydra's grammar spells it."""
     if isinstance(value, list):
-        return f"[{','.join(map(_in_hydras_words, value))}]"
+        return f"[{','.join(map(in_hydras_words, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = str(value)

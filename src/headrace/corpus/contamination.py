@@ -29,7 +29,7 @@ LEAST_WORDS = 6
 """An n-gram with fewer different words that hold a letter is of low entropy."""
 
 _BATCH_BYTES = 1 << 16  # the arrays of a batch stay in a core's cache
-_FILTER_BITS = 22
+_LEAST_FILTER_BITS, _MOST_FILTER_BITS = 22, 27  # sixteen slots for an n-gram, as long as that is 128 MB at most
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,12 @@ class Items:
         self.ids = ids
         lines = sorted(f"{item.id}\0{item.text}" for item in items)
         self.hash = hashlib.sha256("\0".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-        grams = word_grams([item.text for item in items])
-        good = _telling(grams)
-        order = np.lexsort((grams.position[good], grams.text[good], grams.hashes[good]))
-        self._hashes = grams.hashes[good][order]
-        self._item = grams.text[good][order]
-        self._position = grams.position[good][order]
-        self._filter = np.zeros(1 << _FILTER_BITS, dtype=bool)
-        self._filter[_low_bits(self._hashes)] = True
+        hashes, item, position = _grams_of(items)
+        order = np.lexsort((position, item, hashes))
+        self._hashes, self._item, self._position = hashes[order], item[order], position[order]
+        self._slots = 1 << min(_MOST_FILTER_BITS, max(_LEAST_FILTER_BITS, (16 * len(hashes)).bit_length()))
+        self._filter = np.zeros(self._slots, dtype=bool)
+        self._filter[self._slot_of(self._hashes)] = True
         pairs = np.unique(np.stack([self._item.astype(np.uint64), self._hashes]), axis=1)
         self.grams = np.bincount(pairs[0].astype(np.int64), minlength=len(items))
         """[items]: different n-grams of each; 0 for an item that cannot be checked."""
@@ -95,12 +93,16 @@ class Items:
     def _entries(self, texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         """(index of a text, an item's n-gram that is in it), again and again where it is there several times."""
         grams = word_grams(texts)
-        maybe = np.flatnonzero(self._filter[_low_bits(grams.hashes)])
+        maybe = np.flatnonzero(self._filter[self._slot_of(grams.hashes)])
         left = np.searchsorted(self._hashes, grams.hashes[maybe], side="left")
         right = np.searchsorted(self._hashes, grams.hashes[maybe], side="right")
-        for gram, low, high in zip(maybe, left, right, strict=True):
+        there = left < right
+        for gram, low, high in zip(maybe[there], left[there], right[there], strict=True):
             for entry in range(low, high):
                 yield int(grams.text[gram]), entry
+
+    def _slot_of(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        return (hashes & np.uint64(self._slots - 1)).astype(np.int64)
 
     def _judge(self, document: int, item: int, entries: list[int]) -> Match | None:
         """What it means that these n-grams of an item are in a document; None: nothing."""
@@ -131,21 +133,35 @@ class Findings:
         }
 
 
+def _grams_of(items: Sequence[Item]) -> tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.int32]]:
+    """Hash, item's index and position of all telling n-grams; memory beside them is that of a batch of items."""
+    hashes, owners, positions = [], [], []
+    for numbers, texts in _batches([item.text for item in items]):
+        grams = word_grams(texts)
+        good = _telling(grams)
+        hashes.append(grams.hashes[good])
+        owners.append(np.array(numbers, dtype=np.int32)[grams.text[good]])
+        positions.append(grams.position[good].astype(np.int32))
+    empty = np.zeros(0, dtype=np.int32)
+    return (
+        np.concatenate([empty.astype(np.uint64), *hashes]),
+        np.concatenate([empty, *owners]),
+        np.concatenate([empty, *positions]),
+    )
+
+
 def _telling(grams: Grams) -> NDArray[np.bool_]:
-    """[G]: whether a gram has enough different words with letters; for items, of which there are few."""
+    """[G]: whether a gram has enough different words with letters."""
     windows = grams.starts[:, None] + np.arange(N)
-    words, lettered = grams.words[windows], grams.lettered[windows]
-    kept = [len(set(row[has].tolist())) >= LEAST_WORDS for row, has in zip(words, lettered, strict=True)]
-    return np.array(kept, dtype=bool)
+    words = np.where(grams.lettered[windows], grams.words[windows], np.uint64(0))
+    words.sort(axis=1)
+    different = (words[:, 0] != 0) + np.count_nonzero(words[:, 1:] != words[:, :-1], axis=1)
+    return np.asarray(different >= LEAST_WORDS)
 
 
 def _disjoint(positions: Sequence[int]) -> bool:
     """Whether two of an item's hits share no word."""
     return positions[-1] - positions[0] >= N
-
-
-def _low_bits(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    return (hashes & np.uint64((1 << _FILTER_BITS) - 1)).astype(np.int64)
 
 
 def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:

@@ -68,6 +68,11 @@ def kind_in(source: str, kind: str) -> str:
     return kind if source in (ENVIRONMENT, FILES) else source
 
 
+def group_in(source: str, group: str) -> str:
+    """The name of a group; folders that several named sources share are a group in each."""
+    return group if source in (ENVIRONMENT, FILES) else f"{source}:{group}"
+
+
 def list_user_files(paths: Sequence[str], source: str = FILES) -> list[Found]:
     """The files that `paths` means (files, folders, globs), sorted by root and name; hidden ones are left out.
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from headrace.artifacts.files import write_atomic
 from headrace.config.schema import CorpusConfig
 from headrace.corpus.contamination import Items
-from headrace.corpus.listing import Found, holds_many, kind_in, named_sources
+from headrace.corpus.listing import Found, group_in, holds_many, kind_in, named_sources
 from headrace.corpus.lock import Lock, LockedFile, content_hash
 from headrace.corpus.near_duplicates import SIGNATURE_BYTES, open_signer
 from headrace.corpus.pieces import Piece
@@ -164,7 +164,7 @@ class Scanner:
         return {
             "digest": digest,
             "bytes": size,
-            "group": None if holds_many(found.name) else found.group,
+            "group": None if holds_many(found.name) else group_in(found.source, found.group),
             "kind": kind_in(found.source, document.kind),
             "root": found.root,
             "rule": rule,

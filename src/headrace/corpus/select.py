@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from headrace.config.schema import CorpusConfig
 from headrace.corpus.digest_ranges import RANGE_DOCUMENTS, RECORD, DigestRanges, Records, first_of_each
+from headrace.corpus.listing import ENVIRONMENT
 from headrace.corpus.near_duplicates import near_duplicates
 from headrace.corpus.scan_columns import Coded, Columns, read_columns, read_signatures
 from headrace.corpus.selection import FATES, FIRST_RULE, PENDING
@@ -189,7 +190,8 @@ class Selecting:
         return shares
 
     def _held_kind(self) -> int:
-        return self._kinds.of(HELD_KIND)
+        """The code of what is held out whatever the fractions say; one that no document has in a corpus of files."""
+        return self._kinds.of(HELD_KIND) if self._config.source == ENVIRONMENT else int(np.iinfo(np.uint16).max)
 
     def _strata(self) -> dict[str, Stratum]:
         """By kind: directories, each with the kind that most of its text is of, and documents of their own."""

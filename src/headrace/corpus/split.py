@@ -22,6 +22,10 @@ SPLITS = (TRAIN, VALIDATION, HELDOUT)
 RANK_BYTES = 16
 
 
+Splits = Sequence[tuple[str, float]]
+"""Splits that are not training text, each with its share, in the order in which they are filled."""
+
+
 class Group(NamedTuple):
     """What is never divided: its place in the order, its bytes of text, and its name (a document's is its rank)."""
 
@@ -45,8 +49,8 @@ class Shares(NamedTuple):
     validation: float
     heldout: float
 
-    def wanted(self) -> list[tuple[str, float]]:
-        """The splits that get any, in the order in which they are filled."""
+    def wanted(self) -> Splits:
+        """The splits that get any."""
         return [(split, share) for split, share in ((HELDOUT, self.heldout), (VALIDATION, self.validation)) if share]
 
 
@@ -75,31 +79,38 @@ def divide(strata: Mapping[str, Stratum], shares: Mapping[str, Shares]) -> dict[
 
     In each stratum groups are taken in the order of their ranks: into held-out until it has its share of the stratum's
     bytes, then into validation. A group that would overfill a split by over a quarter is passed over, but a split whose
-    share is not 0 gets at least one. Strata with too few groups for that join the one that has most; `UserError` if
-    there are too few in all.
+    share is not 0 gets at least one. Strata with too few groups for that join the one of the same shares that has most;
+    `UserError` if there are too few in all of these.
     """
-    wanted = {name: shares[name].wanted() for name in sorted(strata)}
-    counts = {name: strata[name].count for name in sorted(strata) if wanted[name]}
     if not any(stratum.count for stratum in strata.values()):
         raise UserError("corpus: too small: 0 group(s) of text; add text")
-    if not counts:
-        return {}
-    largest = max(counts, key=counts.__getitem__)
-    if sum(counts.values()) <= len(wanted[largest]):
-        raise UserError(
-            f"corpus: too small: {sum(counts.values())} group(s) of text (folders, or documents) cannot be divided "
-            f"into {', '.join([TRAIN, *(split for split, _ in wanted[largest])])}; add text"
-        )
-    few = [name for name in counts if counts[name] <= len(wanted[name]) and name != largest]
     chosen: dict[str | bytes, str] = {}
-    for name in counts:
-        if name not in few:
-            together = joined([strata[each] for each in (name, *(few if name == largest else ()))])
-            chosen |= _divide(together, wanted[name])
+    for own in dict.fromkeys(shares[name] for name in sorted(strata)):
+        alike = {name: strata[name] for name in sorted(strata) if shares[name] == own}
+        chosen |= _divide_alike(alike, own.wanted(), "" if len(alike) == len(strata) else f" in {', '.join(alike)}")
     return chosen
 
 
-def _divide(stratum: Stratum, wanted: Sequence[tuple[str, float]]) -> dict[str | bytes, str]:
+def _divide_alike(strata: Mapping[str, Stratum], wanted: Splits, where: str) -> dict[str | bytes, str]:
+    """`divide` strata that have the same shares."""
+    if not wanted:
+        return {}
+    counts = {name: stratum.count for name, stratum in strata.items()}
+    largest = max(counts, key=counts.__getitem__)
+    if sum(counts.values()) <= len(wanted):
+        raise UserError(
+            f"corpus: too small: {sum(counts.values())} group(s) of text (folders, or documents){where} cannot be "
+            f"divided into {', '.join([TRAIN, *(split for split, _ in wanted)])}; add text, or set shares of 0"
+        )
+    few = [name for name in counts if counts[name] <= len(wanted) and name != largest]
+    chosen: dict[str | bytes, str] = {}
+    for name in counts:
+        if name not in few:
+            chosen |= _divide(joined([strata[each] for each in (name, *(few if name == largest else ()))]), wanted)
+    return chosen
+
+
+def _divide(stratum: Stratum, wanted: Splits) -> dict[str | bytes, str]:
     splits: dict[str | bytes, str] = {}
     for index, (split, fraction) in enumerate(wanted):
         after = len(wanted) - index  # groups that the later splits and train need at least

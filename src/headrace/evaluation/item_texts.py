@@ -1,10 +1,11 @@
 """The texts of all items that an evaluation asks, for the search for them in training text.
 
-An item's text is what is particular to it: its question as the task words it, and its right answer, without shots and
-without a task's general instructions. All items of a task are taken, whatever `evaluate.items` says.
+An item's text is what is particular to it: its question as the task words it, without the words that all of the task's
+questions begin or end with, and its right answer. All items of a task are taken, whatever `evaluate.items` says.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,41 @@ def item_texts(config: EvaluateConfig, root: Path = ROOT) -> tuple[list[Item], d
 def _harness_items(loaded: Sequence[LoadedTask]) -> Iterator[Item]:
     for task in loaded:
         for name, leaf in task.leaves.items():
-            for number, document in enumerate(leaf.eval_docs):
-                yield Item(f"{task.config.task}/{name}/{number}", _text(leaf, document))
+            documents = list(leaf.eval_docs)
+            questions = _without_what_all_say([_question(leaf, document) for document in documents])
+            for number, (question, document) in enumerate(zip(questions, documents, strict=True)):
+                yield Item(f"{task.config.task}/{name}/{number}", f"{question} {_answer(leaf, document)}")
 
 
-def _text(leaf: Any, document: Any) -> str:
-    """Question and right answer; where the choices are questions to one answer, the right question."""
-    question, answer = leaf.doc_to_text(document), leaf.doc_to_target(document)
-    choices = leaf.doc_to_choice(document) if leaf.OUTPUT_TYPE == "multiple_choice" else []
-    parts = [_chosen(question, choices), *(_chosen(each, choices) for each in _several(answer))]
-    return " ".join(parts)
+def _question(leaf: Any, document: Any) -> list[str]:
+    """The words of an item's question; where the choices are questions to one answer, of the right one."""
+    return _chosen(leaf.doc_to_text(document), _choices(leaf, document)).split()
 
 
-def _several(answer: Any) -> Sequence[Any]:
-    return answer if isinstance(answer, (list, tuple)) else [answer]
+def _answer(leaf: Any, document: Any) -> str:
+    """The right answer; the first of several, which a text need not all hold."""
+    answer = leaf.doc_to_target(document)
+    first = (answer[0] if answer else "") if isinstance(answer, (list, tuple)) else answer
+    return _chosen(first, _choices(leaf, document)).strip()
+
+
+def _choices(leaf: Any, document: Any) -> Sequence[str]:
+    return leaf.doc_to_choice(document) if leaf.OUTPUT_TYPE == "multiple_choice" else []
 
 
 def _chosen(value: Any, choices: Sequence[str]) -> str:
     return str(choices[value]) if isinstance(value, int) and 0 <= value < len(choices) else str(value)
+
+
+def _without_what_all_say(questions: Sequence[Sequence[str]]) -> list[str]:
+    """Each question without the words that all of a task's questions begin and end with: they are its template."""
+    if len(questions) < 2:
+        return [" ".join(words) for words in questions]
+    begin = _alike(questions)
+    end = _alike([words[begin:][::-1] for words in questions])
+    return [" ".join(words[begin : len(words) - end]) for words in questions]
+
+
+def _alike(questions: Sequence[Sequence[str]]) -> int:
+    """How many words all questions begin with."""
+    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*questions, strict=False)))

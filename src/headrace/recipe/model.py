@@ -24,4 +24,4 @@ def final_model(config: Config) -> ModelConfig:
 def _scaled(model: ModelConfig, scaling: RopeScaling) -> ModelConfig:
     """As in the published config.json, the longest position is the original length times the factor."""
     reach = round(scaling.factor * scaling.original_max_position_embeddings)
-    return replace(model, rope_scaling=scaling, max_position_embeddings=max(model.max_position_embeddings, reach))
+    return replace(model, rope_scaling=scaling, max_position_embeddings=reach)

@@ -38,11 +38,12 @@ def with_comparisons(page: str, found: Sequence[Comparison]) -> str:
     """A rendered report with the comparisons that its run takes part in instead of those that it shows.
 
     They are made when the report is long finished, and it is a function of its stages alone: so they are laid into the
-    copy that people open.
+    copy that people open. A page of an older version, which has no place for them, stays as it is.
     """
     before, _, rest = page.partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    assert after, "every report has the place for them"
+    if not after:
+        return page
     shown = [comparison.section(each) for each in found]
     return before + _BEGIN + _template("comparison_section.html.j2").render(comparisons=shown) + _END + after
 

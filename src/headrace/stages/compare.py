@@ -74,8 +74,8 @@ def write(config: Config, names: Sequence[str]) -> Path:
     write_json(folder / FACTS, facts)
     write_atomic(folder / TABLE, markdown(facts).encode())
     write_comparison(read_comparison(folder / FACTS, results), folder / PAGE)
-    _show_in_reports(results, set(found))
     _track(config, folder, folders, facts)
+    _show_in_reports(results, set(found))
     return folder
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import read_json, write_atomic
 from headrace.config.compose import group_to_dict, load
 from headrace.config.schema import Config
@@ -107,7 +108,8 @@ def show(place: Place) -> None:
 def show_page(folder: Path) -> None:
     """Lay the page of a finished report beside its artifact, with all comparisons that its run takes part in by now."""
     evaluate = read_json(folder / "stage.json")["parents"]["evaluate"]
-    page = (folder / "artifact" / PAGE).read_text(encoding="utf-8")
+    artifact = folder / "artifact"
+    page = manifests.content(artifact, manifests.read(artifact), PAGE).decode()
     found = read_comparisons(folder.parents[1], evaluate)
     write_atomic(folder / PAGE, with_comparisons(page, found).encode())
 

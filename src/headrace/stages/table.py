@@ -37,7 +37,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("tokenizer", keys=("tokenizer",), parents=("corpus",), version=1),
     Stage("tokenize", keys=("tokens",), parents=("corpus", "tokenizer"), version=2),
     Stage("pretrain", keys=("model", "precision", "recipe", "train", "seed"), parents=("tokenize",), version=3),
-    Stage("convert", keys=("convert",), parents=("tokenizer", "pretrain"), version=1),
+    Stage("convert", keys=("convert",), parents=("tokenizer", "pretrain"), version=2),
     Stage(
         "evaluate", keys=("evaluate",), parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert"), version=2
     ),
@@ -89,6 +89,8 @@ def slices(config: Config, sources: str) -> dict[str, dict[str, Any]]:
         values = {key: tree[key] for key in stage.keys}
         if stage.name == "corpus":
             values["sources"] = sources
+            if config.corpus.contamination_items:
+                del values["corpus"]["contamination_items"]["path"]  # the hash names the content
         if stage.name == "tokenizer" and is_address(config.tokenizer.path):
             repository(config.tokenizer.path)  # names a commit, and that its content
         elif stage.name == "tokenizer" and config.tokenizer.path:
