@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 
 from headrace.artifacts.files import hash_file
@@ -20,7 +21,7 @@ from headrace.corpus.documents import selected_documents
 from headrace.corpus.extract import extract
 from headrace.corpus.lock import Lock, build_lock
 from headrace.corpus.pieces import pieces
-from headrace.corpus.scan import Scanner, read_summary
+from headrace.corpus.scan import Scanner, read_summary, scan_each
 from headrace.corpus.selection import Selection
 from headrace.corpus.split import SPLITS
 from headrace.errors import UserError
@@ -231,3 +232,18 @@ def test_a_scan_says_what_it_was_made_from(mixed: CorpusConfig, tmp_path: Path) 
     (path,) = scan_some(mixed, lock, [0], tmp_path / "scans")
     summary = read_summary(path)
     assert summary.source == "web" and summary.inputs == Scanner(mixed, lock).inputs(pieces(lock, PIECE)[0])
+
+
+def test_many_pieces_show_how_far_it_is_and_what_was_left_out(
+    mixed: CorpusConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = build_lock(mixed)
+    cut = pieces(lock, PIECE)
+    none = replace(mixed, min_document_bytes=1_000_000, max_document_bytes=2_000_000)
+    paths = list(scan_each(Scanner(none, lock), cut, tmp_path, "corpus"))
+    rows = sum(parquet.read_metadata(path).num_rows for path in paths)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"pieces {len(cut)} of {len(cut)} (100 %), {rows:,} documents read, left out: {rows:,} shorter" in last
+    (tmp_path / "one").mkdir()
+    assert len(list(scan_each(Scanner(mixed, lock), cut[:1], tmp_path / "one", "corpus"))) == 1
+    assert capsys.readouterr().err == ""  # soon over

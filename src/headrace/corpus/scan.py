@@ -238,11 +238,12 @@ def _made_from(path: Path) -> str | None:
 
 
 def scan_each(scanner: Scanner, pieces: Sequence[Piece], folder: Path, name: str) -> Iterator[Path]:
-    """The scans of some pieces in their order; progress is shown under `name`."""
+    """The scans of some pieces in their order; progress is shown under `name`, where there is more than one."""
     display = progress_on(name=name, unit="pieces")
     try:
         for done, piece in enumerate(pieces, 1):
             yield scanner.scan(piece, folder)
-            display.show(done, len(pieces), scanner.said())
+            if len(pieces) > 1:
+                display.show(done, len(pieces), scanner.said())
     finally:
         display.close()
