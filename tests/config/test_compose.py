@@ -142,6 +142,15 @@ def test_any_text_from_yaml_reaches_hydra_as_it_is(texts: list[str]) -> None:
     assert values == [value for text in texts for value in (f"a {text}", None)]
 
 
+@settings(deadline=None, max_examples=10)  # composing takes half a second; each time with many texts
+@given(st.lists(TEXT.filter(lambda text: "${" not in text), min_size=15, max_size=30))
+def test_any_text_from_yaml_is_the_value_of_the_setting(texts: list[str]) -> None:
+    words = overrides_from({"corpus": "files", "set": "", "publish": {"title": f"a {texts[0]}"}})
+    paths = overrides_from({"corpus.paths": [f"a {text}" for text in texts]})
+    config = load([*words, *paths])
+    assert config.publish.title == f"a {texts[0]}" and config.corpus.paths == tuple(f"a {text}" for text in texts)
+
+
 @pytest.mark.parametrize("text", ["\\'", "\\\\'\\", '"x" = {y: [z]}, \N{SNOWMAN}', "a=b;c %d #e ~f"])
 def test_such_text_is_the_value_of_the_setting(text: str) -> None:
     config = load(overrides_from({"publish": {"title": f"a {text}"}, "convert": {"step": None}}))

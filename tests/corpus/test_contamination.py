@@ -48,6 +48,15 @@ def test_half_of_the_grams_or_two_disjoint_hits() -> None:
     assert not short.search([" ".join(question[:13])])
 
 
+def test_a_long_item_is_judged_as_a_short_one() -> None:
+    """Longer than what is searched at once: thirteen n-grams that overlap are too few wherever they stand."""
+    question = prose(20_000).split()
+    assert len(" ".join(question)) > 1 << 17
+    items = Items([Item("q", " ".join(question))])
+    assert items.search([" ".join(question[begin : begin + 25]) for begin in range(len(question) - 25)]) == []
+    assert len(items.search([" ".join(question[begin : begin + 26]) for begin in range(0, 19_000, 500)])) == 38
+
+
 def test_low_entropy_is_no_evidence() -> None:
     numbers = " ".join(str(number) for number in range(100))
     loop = "for i in range 10 x x x x x x x " * 5

@@ -136,7 +136,7 @@ class Findings:
 def _grams_of(items: Sequence[Item]) -> tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.int32]]:
     """Hash, item's index and position of all telling n-grams; memory beside them is that of a batch of items."""
     hashes, owners, positions = [], [], []
-    for numbers, texts in _batches([item.text for item in items]):
+    for numbers, texts in _batches([item.text for item in items], whole=True):
         grams = word_grams(texts)
         good = _telling(grams)
         hashes.append(grams.hashes[good])
@@ -164,11 +164,14 @@ def _disjoint(positions: Sequence[int]) -> bool:
     return positions[-1] - positions[0] >= N
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
-    """(which text each is of, texts or parts of long ones), of `_BATCH_BYTES` to twice as much together."""
+def _batches(texts: Sequence[str], whole: bool = False) -> Iterator[tuple[list[int], list[str]]]:
+    """(which text each is of, texts or parts of long ones), of `_BATCH_BYTES` to twice as much together.
+
+    `whole`: no text is cut, for who needs the places of words in it.
+    """
     documents, parts, size = list[int](), list[str](), 0
     for document, text in enumerate(texts):
-        for part in text_slices(text, _BATCH_BYTES):
+        for part in [text] if whole else text_slices(text, _BATCH_BYTES):
             documents.append(document)
             parts.append(part)
             size += len(part)
