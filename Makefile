@@ -7,7 +7,7 @@ NEWEST_TRITON := 3.9.0
 # Two tests beside each other, each on its share of the cores (tests/conftest.py).
 BESIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run setup test test-fast test-faults lint format bench-train bench-fp8 bench-dispatch bench-pipeline bench-checkpoint bench-convert bench-tokenize bench-gpu bench-overhead bench-seeds
+.PHONY: run setup test test-fast test-slow test-faults lint format bench-train bench-fp8 bench-dispatch bench-pipeline bench-checkpoint bench-convert bench-tokenize bench-gpu bench-overhead bench-seeds
 
 run: setup
 	$(SNAKEMAKE)
@@ -22,16 +22,20 @@ setup: .venv/installed
 	touch $@
 
 test: setup
-	$(BIN)/pytest $(BESIDE) -m "not faults and not alone"
-	$(BIN)/pytest -m "alone and not faults"
+	$(BIN)/pytest $(BESIDE) -m "not alone and not slow and not faults"
+	$(BIN)/pytest -m "alone and not slow and not faults"
 
 test-fast: setup
-	$(BIN)/pytest $(BESIDE) -m "not workflow and not browser and not faults and not alone"
+	$(BIN)/pytest $(BESIDE) -m "not workflow and not browser and not alone and not slow and not faults"
+
+test-slow: setup
+	$(BIN)/pytest $(BESIDE) -m "slow and not alone and not faults"
+	$(BIN)/pytest -m "slow and alone and not faults"
 
 # All workflow faults are in one file, so its tests are shared out one by one.
 test-faults: setup
 	$(BIN)/pytest --numprocesses 2 -m "faults and workflow"
-	$(BIN)/pytest -m "faults and not workflow and not unproven"
+	$(BIN)/pytest -m "faults and not workflow"
 
 .PHONY: test-scale
 test-scale: setup

@@ -6,6 +6,8 @@ processes on the same cores would slow each other down.
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores
@@ -15,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores
 import pytest
 import torch
 
+from headrace.config import compose
+
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     path = Path(__file__).resolve().parents[1] / "kernels" / "interpreter.py"
     specification = importlib.util.spec_from_file_location("kernels_interpreter", path)
@@ -23,6 +27,17 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     interpreter = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(interpreter)
     interpreter.interpret()
+
+
+_load, _loaded = compose.load, cache(lambda words: _load(words))
+
+
+def load(overrides: Sequence[str] = (), conf: Path = compose.CONF) -> compose.Config:
+    """The product's `load`, which takes half a second; the same words again give the same frozen `Config`."""
+    return _loaded(tuple(overrides)) if conf == compose.CONF else _load(overrides, conf)
+
+
+compose.load = load  # before any test or module imports it by name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """A small V3 model trained through the engine, and the same without it, for tests of the pipeline."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 def configuration(precision="fp32", model=(), recipe=(), **parallel):
     """A tree of experiment=tiny: MoE layers, the first one dense, and MTP; 8 rows a step, one in a microbatch."""
-    config = load(["experiment=tiny", f"precision={precision}"])
+    config = _tiny(precision)
     small = {
         "num_hidden_layers": 4, "first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
         "num_experts_per_tok": 3, "num_nextn_predict_layers": 1,
@@ -37,6 +38,11 @@ def configuration(precision="fp32", model=(), recipe=(), **parallel):
         recipe=replace(config.recipe, **({"batch_sequences": 8, "sequence_length": 16} | dict(recipe))),
         parallel=replace(config.parallel, **({"microbatch": 1} | parallel)),
     )
+
+
+@cache
+def _tiny(precision):
+    return load(["experiment=tiny", f"precision={precision}"])
 
 
 def layout(schedule, pipeline=2, expert=1, node_size=1):

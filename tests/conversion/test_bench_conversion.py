@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_every_way_is_measured(tmp_path):
     command = [sys.executable, "benchmarks/conversion.py", "--quick", "--folder", str(tmp_path)]

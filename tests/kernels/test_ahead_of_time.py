@@ -16,21 +16,22 @@ pytestmark = [
 
 RELEASES = {"pinned": None, "newest": NEWEST}
 each_package = pytest.mark.parametrize("package", PACKAGES)
-each_release = pytest.mark.parametrize("release", RELEASES)
+each_release = pytest.mark.parametrize(
+    "compiled", ["pinned", pytest.param("newest", marks=pytest.mark.slow)], indirect=True, scope="module"
+)
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict:
-    return ahead_of_time.compile_everything(
-        tuple(folder for folder in RELEASES.values() if not folder or folder.exists())
-    )
-
-
-def result_of(compiled: dict, package: str, release: str) -> dict:
-    folder = RELEASES[release]
+def compiled(request: pytest.FixtureRequest) -> dict[str, dict | RuntimeError]:
+    """Every package with one release of Triton."""
+    folder = RELEASES[request.param]
     if folder and not folder.exists():
         pytest.fail(f"the newest Triton is not in {folder}: run `make setup`, or {INSTALL_NEWEST}", pytrace=False)
-    result = compiled[package, folder]
+    return ahead_of_time.compile_everything(folder)
+
+
+def result_of(compiled: dict[str, dict | RuntimeError], package: str) -> dict:
+    result = compiled[package]
     if isinstance(result, RuntimeError):
         pytest.fail(str(result), pytrace=False)
     return result
@@ -55,8 +56,8 @@ def complaints(kernel: dict) -> list[str]:
 
 @each_package
 @each_release
-def test_what_the_variants_promise(compiled, package, release):
-    result = result_of(compiled, package, release)
+def test_what_the_variants_promise(compiled, package):
+    result = result_of(compiled, package)
     assert result["kernels"], f"{package} offers no variant"
     broken = [f"{key}: {words}" for key, kernel in result["kernels"].items() for words in complaints(kernel)]
     assert not broken, f"{package} with Triton {result['triton']}\n" + "\n".join(broken)
@@ -64,8 +65,8 @@ def test_what_the_variants_promise(compiled, package, release):
 
 @each_package
 @each_release
-def test_no_loop_grew(compiled, package, release):
-    result = result_of(compiled, package, release)
+def test_no_loop_grew(compiled, package):
+    result = result_of(compiled, package)
     budget = json.loads(BUDGET.read_text())[package].get(result["triton"], {})
     rewrite = "python tests/kernels/ahead_of_time.py write-budget"
     assert budget.keys() == result["kernels"].keys(), (
@@ -81,16 +82,16 @@ def test_no_loop_grew(compiled, package, release):
     assert not grown, f"{package} with Triton {result['triton']} (`{rewrite}` if it is worth it)\n" + "\n".join(grown)
 
 
+@each_release
 def test_the_consumers_of_the_gluon_kernels_never_wait_for_the_whole_block(compiled):
     """The point of warp specialisation; and Triton's own loop is there to show that such waits would be seen."""
-    for release in RELEASES:
-        kernels = result_of(compiled, "headrace_fp8_gemm", release)["kernels"]
-        waits = {
-            name: sorted({kernels[key]["loop_barriers"] for key in kernels if key.startswith(name)})
-            for name in ("gluon", "triton")
-        }
-        assert waits["gluon"] == [0], waits
-        assert min(waits["triton"]) > 0, waits
+    kernels = result_of(compiled, "headrace_fp8_gemm")["kernels"]
+    waits = {
+        name: sorted({kernels[key]["loop_barriers"] for key in kernels if key.startswith(name)})
+        for name in ("gluon", "triton")
+    }
+    assert waits["gluon"] == [0], waits
+    assert min(waits["triton"]) > 0, waits
 
 
 BAD_KERNELS = """

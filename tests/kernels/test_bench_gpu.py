@@ -33,6 +33,7 @@ def test_says_in_one_sentence_that_there_is_no_gpu():
     assert RESULTS.exists() == before
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_kernels_are_right_in_the_interpreter():
     done = run("--quick")

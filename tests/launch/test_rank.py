@@ -10,6 +10,7 @@ from torch.distributed import TCPStore
 from headrace.launch import wire
 from headrace.launch.heartbeat import Heartbeat
 from headrace.launch.rank import another_left
+from headrace.launch.store import host_store
 from headrace.launch.wire import Mood
 
 
@@ -39,7 +40,7 @@ def test_only_lost_connections_are_another_ranks_fault(error: Exception, expecte
 
 @pytest.fixture
 def heart() -> Iterator[Heartbeat]:
-    store, _ = wire.host_store(1)
+    store, _ = host_store(1)
     store.set(wire.ORDERS, '{"stop": null, "end": false}')
     found = Heartbeat(TCPStore("127.0.0.1", store.port, is_master=False), 0, None)
     yield found

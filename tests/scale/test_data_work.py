@@ -14,7 +14,7 @@ MEMORY = 2 << 30
 @pytest.mark.timeout(1200)
 def test_workers_and_kills_change_no_byte_and_memory_is_bounded(tmp_path: Path) -> None:
     write_text(tmp_path / "text", MEGABYTES)
-    settings = ("tokens.shards=10", "launch.shards_per_job=2", "launch.pieces_per_job=2")
+    settings = ("tokens.shards=10", "launch.shards_per_job=2", "launch.pieces_per_job=3")
     works = [Work(tmp_path / "text", tmp_path / f"{workers}", workers, settings) for workers in (1, 2, 3)]
     undisturbed, killed, three = works
     undisturbed.run()

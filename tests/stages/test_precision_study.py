@@ -141,6 +141,7 @@ def crash() -> None:
     raise RuntimeError("crash")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_with_75_and_crashes_with_1_and_the_numbers_are_the_undisturbed_ones(
     undisturbed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_sigterm_ends_with_75_and_crashes_with_1_and_the_numbers_are_the_undistu
     assert numbers(words) == numbers(undisturbed)
 
 
+@pytest.mark.slow
 def test_kill_9_inside_and_between_runs(undisturbed: list[str], tmp_path: Path) -> None:
     words = at_another_place(undisturbed, tmp_path)
     runs = place_of(words).folder / "runs"
@@ -206,6 +208,7 @@ def test_bad_input_ends_with_2_and_one_line(
     assert says in line
 
 
+@pytest.mark.slow
 def test_every_run_is_a_wandb_run_and_all_are_one_group(data: list[str], tmp_path: Path) -> None:
     words = [*at_another_place(data, tmp_path), "study.tokens=256"]  # 8 steps
     assert main(DOOR, [*words, "tracking=offline"]) == 0

@@ -33,6 +33,7 @@ def documents(made: tuple[np.ndarray, np.ndarray]) -> Counter[tuple[int, ...]]:
     return Counter(tuple(tokens[first:end].tolist()) for first, end in pairwise(starts))
 
 
+@pytest.mark.slow
 def test_quick_mode_reports_every_way(bench: ModuleType) -> None:
     command = [sys.executable, "benchmarks/tokenization.py", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
@@ -50,6 +51,7 @@ def test_quick_mode_reports_every_way(bench: ModuleType) -> None:
     assert f"{summary['documents']:,} documents" in done.stdout
 
 
+@pytest.mark.slow
 def test_all_ways_store_the_documents_of_the_reference(bench: ModuleType, tmp_path: Path) -> None:
     facts = bench.prepare(tmp_path, 0.2, quick=True)
     parquet, tokenizer = tmp_path / "text.parquet", tmp_path / "tokenizer"

@@ -133,7 +133,7 @@ def test_values_cannot_inject_a_shell_command(tiny: Project, tmp_path: Path) -> 
     result = project.run("publish", settings="publish.title='" + title + "'")
     assert result.returncode == 0, result.stderr
     assert title in (project.place("publish") / "artifact" / "repository" / "README.md").read_text()
-    for text in HOSTILE:
+    for text in (" ".join(HOSTILE[:-1]), HOSTILE[-1]):  # braces may end what would run the others
         project.run("publish", config=(f"experiment=tiny{text}",))
         project.run("publish", f"results/tokenize/x/batches/{text}.done")
     assert [path for root in (project.folder, ROOT) for path in root.glob("**/PWNED*")] == []

@@ -60,7 +60,9 @@ def final_weights(project: Project) -> dict[str, list[str]]:
     return {name: [part["hash"] for part in entry["slices"]] for name, entry in table["kinds"]["model"].items()}
 
 
-@pytest.mark.parametrize("victims", ["snakemake", "stage", "both"])
+@pytest.mark.parametrize(
+    "victims", ["both", *(pytest.param(one, marks=pytest.mark.slow) for one in ("snakemake", "stage"))]
+)
 def test_pretrain_goes_on_after_kill_9(tiny: Project, tokens_made: Callable[[], Project], victims: str) -> None:
     project = tokens_made()
     process = project.start("pretrain", settings=OFTEN)

@@ -14,6 +14,7 @@ SMALL = "study.tokens=7168 study.ablations=[] precision@study.candidate=fp32 tra
 SHOWN = f"{SMALL} study.in_report=true"
 
 
+@pytest.mark.slow
 def test_the_study_is_a_target_of_its_own_and_the_report_takes_it_in_when_asked(tiny: Project, tmp_path: Path) -> None:
     project = copy_of(tiny, tmp_path, STAGES)
     assert project.planned(settings=SMALL) == []

@@ -18,14 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3ForCausalLM
-from transformers.utils import logging
 
 from headrace.checkpoint.reader import tensors_of
 from headrace.config.schema import ModelConfig
 from headrace.conversion.hub_config import is_quantised, read_hub_config
 from headrace.conversion.hub_folder import open_hub_folder
-from headrace.conversion.mtp import mtp_loading
 from headrace.errors import UserError
 from headrace.fp8.gemms import Compute
 from headrace.fp8.numerics import Numerics
@@ -53,6 +50,10 @@ class TransformersScorer:
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "TransformersScorer":
         """Load a Hub folder from disk, weights as FP32. Raises `UserError` where a tensor is missing or unknown."""
+        from transformers import AutoModelForCausalLM
+
+        from headrace.conversion.mtp import mtp_loading
+
         with mtp_loading(read_hub_config(folder).num_hidden_layers), _without_progress_bar():
             if is_quantised(folder):
                 model, report = _load_dequantised(folder)
@@ -88,6 +89,8 @@ class TransformersScorer:
 
 
 def _load_dequantised(folder: Path) -> Any:
+    from transformers import AutoConfig, DeepseekV3ForCausalLM
+
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     del config.quantization_config
     weights = {tensor.name: values for tensor, values in open_hub_folder(folder).values()}
@@ -98,6 +101,8 @@ def _load_dequantised(folder: Path) -> Any:
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from headrace.launch import wire
-from headrace.launch.wire import Beat, Mood, TCPStore
+from headrace.launch.store import TCPStore
+from headrace.launch.wire import Beat, Mood
 
 FLUSH_SECONDS = 10.0
 

@@ -29,7 +29,8 @@ from torch import distributed
 from headrace.errors import UserError
 from headrace.launch.deadline import StopRequested
 from headrace.launch.heartbeat import Heartbeat
-from headrace.launch.wire import PATIENCE_SECONDS, STOPPED, Meeting, Mood, PrefixStore
+from headrace.launch.store import PrefixStore, connect
+from headrace.launch.wire import PATIENCE_SECONDS, STOPPED, Meeting, Mood
 
 TIMEOUT = timedelta(seconds=2 * PATIENCE_SECONDS)
 """Of collectives: the supervisor ends a hang long before, and says more about it."""
@@ -52,7 +53,7 @@ class Rank:
         self.rank, self.local_rank, self.world = rank, local_rank, meeting.world
         self.ranks_here = -(-meeting.world // meeting.nodes)
         self._meeting = meeting
-        self._heart = Heartbeat(meeting.connect(), rank, meeting.slate_of(rank))
+        self._heart = Heartbeat(connect(meeting), rank, meeting.slate_of(rank))
         # The attribute itself, not a method around it: the executor marks every action.
         self._mark = self._heart.mark
         self._busy = Mood.BUSY
@@ -83,7 +84,7 @@ class Rank:
         with self.patiently("connecting to the other ranks"):
             distributed.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore("torch", self._meeting.connect()),
+                store=PrefixStore("torch", connect(self._meeting)),
                 rank=self.rank,
                 world_size=self.world,
                 timeout=timeout,

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from headrace.errors import UserError
 from headrace.launch import wire
-from headrace.launch.wire import Meeting, TCPStore
+from headrace.launch.store import TCPStore, host_store
+from headrace.launch.wire import Meeting
 
 STACK_SECONDS = 1.0
 """How long a rank gets to write down its stacks."""
@@ -104,7 +105,7 @@ def started(
     nodes = _nodes(start, world, environment)
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="headrace-") as slates:
-        store, host = wire.host_store(nodes)
+        store, host = host_store(nodes)
         meeting = Meeting(host, store.port, world, nodes, start, str(logs), slates if nodes == 1 else None)
         processes: list[subprocess.Popen[bytes]] = []
         ranks = Ranks(meeting, store, processes)

@@ -1,8 +1,6 @@
-"""What a parent and its ranks say to each other, and through what: keys and JSON in one `TCPStore` of the parent.
+"""What a parent and its ranks say to each other: keys and JSON in one store of the parent (`launch.store`).
 
-The store is also the rendezvous of torch.distributed. It has no password: whoever reaches its port can write to it. So
-it listens on the loopback interface, unless ranks run on other nodes; then the network between them must be trusted,
-as it must be for gloo and NCCL themselves.
+Without torch: every stage program explains failures of ranks, few have any.
 """
 
 import dataclasses
@@ -11,15 +9,9 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from torch.distributed import PrefixStore as PrefixStore  # type: ignore[attr-defined]  # exported all the same
-from torch.distributed import TCPStore as TCPStore  # type: ignore[attr-defined]
-
-from headrace.errors import UserError
 
 BEAT_SECONDS = 0.5
 PATIENCE_SECONDS = 1800.0
@@ -32,7 +24,6 @@ ORDERS = "orders"  # what the parent wants of all ranks: {"stop": reason or null
 SLATE_BYTES = 256
 
 _VARIABLE = "HEADRACE_RANKS"
-_STORE_TIMEOUT = timedelta(seconds=60)
 
 
 class Mood(StrEnum):
@@ -93,10 +84,6 @@ class Meeting:
         assert _VARIABLE in environment, "this program is a rank: `headrace.launch.start` starts it"
         return Meeting(**json.loads(environment[_VARIABLE]))
 
-    def connect(self) -> TCPStore:
-        """A connection of its own: a blocking read on one does not hold up another."""
-        return TCPStore(self.host, self.port, is_master=False, timeout=_STORE_TIMEOUT)
-
     def log_of(self, rank: int) -> Path:
         """Where a rank's output and stacks go."""
         return Path(self.logs) / f"rank-{rank}.log"
@@ -104,28 +91,6 @@ class Meeting:
     def slate_of(self, rank: int) -> Path | None:
         """A file of this machine that holds what a rank is at, up to date even after it was killed."""
         return Path(self.slates) / f"rank-{rank}" if self.slates else None
-
-
-def host_store(nodes: int) -> tuple[TCPStore, str]:
-    """A store that listens on a port of the system's choice, and the address under which ranks reach it.
-
-    Raises `UserError` where other nodes could not reach this host by its name.
-    """
-    host = "127.0.0.1" if nodes == 1 else socket.gethostbyname(socket.gethostname())
-    if nodes > 1 and host.startswith("127."):
-        raise UserError(
-            f"launch.start=srun on {nodes} nodes: this host's name {socket.gethostname()} resolves to {host}, which "
-            "other nodes cannot reach; give it its network address in /etc/hosts or DNS"
-        )
-    listener = socket.socket()
-    listener.bind((host, 0))
-    listener.listen(4096)
-    port = listener.getsockname()[1]
-    # By itself a TCPStore listens on every interface.
-    store = TCPStore(
-        host, port, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT, master_listen_fd=listener.detach()
-    )
-    return store, host
 
 
 def message(rank: int, kind: str, payload: Any) -> str:
