@@ -13,6 +13,7 @@ from headrace.config.compose import load
 from headrace.corpus.sources import known_lock
 from headrace.errors import UserError
 from headrace.publication.cache import fetch, store
+from headrace.stages import corpus_scans
 from headrace.stages.cache import files_of, take
 from headrace.stages.places import Place, places
 from headrace.stages.run import Door, Outcome, Run, main
@@ -127,6 +128,29 @@ def test_a_stage_that_is_there_is_fetched_and_not_run(hub, first, second, capsys
     assert second.run("corpus") == 0  # a finished stage asks nobody
     assert len(hub.requests) == asked
     assert second.push("corpus") == "there"  # and what was fetched is not sent back
+
+
+def test_jobs_of_a_stage_that_is_there_have_nothing_to_do(hub, first, second, capsys):
+    assert first.push("corpus") == "pushed"
+    capsys.readouterr()
+    place = second.place("corpus")
+    for _ in range(2):
+        assert corpus_scans.BATCHES.main(["00000", *second.words]) == 0
+    assert capsys.readouterr().err.count("fetched from") == 1
+    assert local_files(place.artifact) == local_files(first.place("corpus").artifact)
+    assert next(place.folder.glob("corpus_scans.*.batches/00000.done")).read_text() == "the stage's artifact is there\n"
+    assert not corpus_scans.scan_folder(place.folder).exists()
+    assert second.run("corpus") == 0
+    assert second.ran == []
+    assert place.done.exists()
+
+
+def test_jobs_of_a_stage_that_is_not_there_work(hub, second, capsys):
+    assert corpus_scans.BATCHES.main(["00000", *second.words]) == 0
+    place = second.place("corpus")
+    assert list(corpus_scans.scan_folder(place.folder).glob("*.parquet"))
+    assert not place.artifact.exists()
+    assert capsys.readouterr().err.count("so it runs") == 1
 
 
 def test_what_is_not_there_is_run(hub, second, capsys):

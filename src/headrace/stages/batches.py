@@ -24,8 +24,9 @@ from headrace.errors import UserError
 from headrace.launch.deadline import Deadline, StopRequested
 from headrace.stages.attempts import Ledger
 from headrace.stages.batch_names import batch_folder
+from headrace.stages.cache import fetched
 from headrace.stages.places import Place, places
-from headrace.stages.run import close_log, explain, fail, held, open_log
+from headrace.stages.run import close_log, explain, fail, held, open_log, say
 
 T = TypeVar("T")
 
@@ -67,8 +68,11 @@ class Batches(Generic[T]):
             config = load(argv[1:])
             lock = known_lock(config)
             found = places(config, lock.hash)
-            units = batch_of(argv[0], self.units(config, lock, found[self.stage]), self.per_job(config))
             with Deadline(config.launch.minutes).watching():
+                if _is_there(config, found[self.stage], found):
+                    self._done(argv[0], found[self.stage], config, "the stage's artifact is there\n")
+                    return 0
+                units = batch_of(argv[0], self.units(config, lock, found[self.stage]), self.per_job(config))
                 return self._attempt(argv[0], units, config, lock, found)
         except (Exception, KeyboardInterrupt, StopRequested) as error:
             code, reason = explain(error)
@@ -90,8 +94,7 @@ class Batches(Generic[T]):
                     manifests.verify(artifact, manifests.SMALL)  # readers verify the large files as they read
                 for line in self.make(Job(f"{self.program} {batch}", config, lock, place, inputs, log), units):
                     log.info("%s", line)
-                names = "".join(f"{self.unit_name(unit)}\n" for unit in units)
-                write_atomic(folder / f"{batch}.done", names.encode())
+                self._done(batch, place, config, "".join(f"{self.unit_name(unit)}\n" for unit in units))
                 code, reason = 0, f"{len(units)} units"
             except BaseException as error:
                 code, reason = explain(error)
@@ -101,6 +104,26 @@ class Batches(Generic[T]):
                 ledger.end(code, reason)
                 close_log(log)
         return code
+
+    def _done(self, batch: str, place: Place, config: Config, what: str) -> None:
+        folder = place.folder / self.folder(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f"{batch}.done", what.encode())
+
+
+def _is_there(config: Config, place: Place, found: dict[str, Place]) -> bool:
+    """Whether the whole stage is finished, or its artifact came from the cache `launch.fetch`: no unit is wanted then.
+
+    Jobs that start meanwhile wait for the one that fetches.
+    """
+    if place.artifact.exists() or config.launch.fetch is None:
+        return place.artifact.exists()
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with held(place):
+        there, line = (True, "") if place.artifact.exists() else fetched(config, place, found)
+    if line:
+        say(place, line)
+    return there
 
 
 def batch_of(batch: str, units: Sequence[T], per_job: int) -> Sequence[T]:

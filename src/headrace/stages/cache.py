@@ -12,8 +12,10 @@ from pathlib import Path
 from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import read_json, sync_file, write_json
 from headrace.artifacts.manifest import Manifest
+from headrace.config.schema import Config
 from headrace.errors import UserError
 from headrace.stages.places import Place
+from headrace.stages.table import stage_named
 
 _ARTIFACT, _PROVENANCE = "artifact", "provenance.json"
 _FACTS = {"code", "versions", "machine", "seeds", "seconds", "finished", "made"}  # what the report reads of each stage
@@ -43,6 +45,17 @@ def take(repo_id: str, place: Place, parents: Mapping[str, Place]) -> tuple[bool
         taken, line = False, f"launch.fetch={repo_id}: not taken ({reason}), so it runs"
     manifests.discard(staging)
     return taken, line
+
+
+def fetched(config: Config, place: Place, found: Mapping[str, Place]) -> tuple[bool, str]:
+    """`take` from `launch.fetch`, where that is set and may hold the stage; else there is nothing to say ("").
+
+    `found` are the places of all stages.
+    """
+    repo_id = config.launch.fetch
+    if repo_id is None or place.stage not in stage_named("publish").parents:  # others are never put there
+        return False, ""
+    return take(repo_id, place, {name: found[name] for name in place.slice["parents"]})
 
 
 def files_of(place: Place, manifest: Manifest) -> dict[str, Path]:

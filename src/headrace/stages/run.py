@@ -40,7 +40,7 @@ from headrace.launch.blame import RankFailure
 from headrace.launch.deadline import Deadline, StopRequested
 from headrace.stages import provenance
 from headrace.stages.attempts import RUN_AGAIN, Ledger
-from headrace.stages.cache import take
+from headrace.stages.cache import fetched
 from headrace.stages.lease import Lease
 from headrace.stages.places import Place, places
 from headrace.stages.table import MACHINE_GROUPS, readable_groups, stage_named
@@ -164,24 +164,14 @@ def _run(door: Door, config: Config, overrides: tuple[str, ...]) -> int:
     place.folder.mkdir(parents=True, exist_ok=True)
     _write_slice(place)
     with job.deadline.watching(), held(place):
-        line = "already finished" if place.artifact.exists() else _fetched(job)
-        if line is None:
+        there, line = (True, "already finished") if place.artifact.exists() else fetched(config, place, job.places)
+        if not there:
+            if line:
+                say(place, line)
             return _attempt(job)
         _finish(place, manifests.verify(place.artifact), door.after)
         say(place, line)
         return 0
-
-
-def _fetched(job: _Job) -> str | None:
-    """What to say of an artifact that came from the cache `launch.fetch`; None where the stage has to run."""
-    repo_id = job.config.launch.fetch
-    if repo_id is None or job.place.stage not in stage_named("publish").parents:  # others are never put there
-        return None
-    taken, line = take(repo_id, job.place, {name: job.places[name] for name in job.place.slice["parents"]})
-    if taken:
-        return line
-    say(job.place, line)
-    return None
 
 
 def _attempt(job: _Job) -> int:
