@@ -35,7 +35,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("corpus", keys=("corpus",), parents=(), version=3),
     Stage("tokenizer", keys=("tokenizer",), parents=("corpus",), version=1),
-    Stage("tokenize", keys=("tokens",), parents=("corpus", "tokenizer"), version=2),
+    Stage("tokenize", keys=("tokens",), parents=("corpus", "tokenizer"), version=3),
     Stage("pretrain", keys=("model", "precision", "recipe", "train", "seed"), parents=("tokenize",), version=3),
     Stage("convert", keys=("convert",), parents=("tokenizer", "pretrain"), version=2),
     Stage(
