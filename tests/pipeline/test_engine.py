@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headrace.errors import UserError
 from headrace.fp8.numerics import Numerics
 from headrace.pipeline.schedule import Kind
 from pipeline_runs import (
@@ -154,6 +155,15 @@ def test_the_gradient_norm_is_bitwise_equal_across_schedules_of_one_direction(st
 @pytest.mark.parametrize("pipeline", [2, 4])
 def test_dualpipe_is_bitwise_equal_to_one_process_that_sums_its_two_halves(started, pipeline):
     assert started(pipeline)[0]["compare"][f"dualpipe PP{pipeline} EP1 nodes of 1 fp32"]["as two halves"]
+
+
+def test_a_schedule_that_keeps_more_than_is_stated_of_it_does_not_run(monkeypatch):
+    running = engine(configuration(schedule="dualpipe_v"), Numerics("fp32"))
+    assert running.schedule(7).microbatches == 7
+    monkeypatch.setattr("headrace.pipeline.engine.live_bound", lambda *_: 2)
+    with pytest.raises(UserError, match="makes 3 live activations; at most 2 may be"):
+        running.schedule(9)
+    running.close()
 
 
 MEASURED = [1, 5, 6, 8]  # rows

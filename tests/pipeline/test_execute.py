@@ -2,9 +2,12 @@
 
 from collections import Counter
 from datetime import timedelta
+from itertools import groupby
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import distributed
 
 from headrace.fp8.numerics import Numerics
 from headrace.model.dispatch import LocalDispatcher
@@ -72,6 +75,50 @@ def test_live_passes_and_receive_buffers_are_those_of_the_simulation(peaks_of_ra
         assert buffers == expected.receive_buffers[rank]
         if train:
             assert live == expected.live_activations[rank]
+
+
+class Noting(Unwatched):
+    """Writes down the actions of a step."""
+
+    def __init__(self, said):
+        self._said = said
+
+    def doing(self, label):
+        self._said.append(label.removesuffix(" of step 1"))
+
+
+class Awaited:
+    """A sum under way that tells when it is waited for."""
+
+    def __init__(self, work, said):
+        self._work, self._said = work, said
+
+    def wait(self):
+        self._said.append("wait")
+        self._work.wait()
+
+
+def reductions(rank, world):
+    """What a step of DualPipe does on this rank, in order: actions, sums begun, waits for them; each once in a row."""
+    said, reduce = [], distributed.reduce
+
+    def noted(*arguments, async_op, **named):
+        said.append("reduce" if async_op else "reduce and wait")
+        return Awaited(reduce(*arguments, async_op=async_op, **named), said)
+
+    config = configuration(model={"num_hidden_layers": 2}, **layout("dualpipe", world))
+    running = engine(config, Numerics("fp32"), rank, watch=Noting(said))
+    with patch.object(distributed, "reduce", noted):
+        running.step(rows(config, count=4), MTP, ALPHA, "step 1")
+    running.close()
+    return [entry for entry, _ in groupby(said)]
+
+
+def test_the_higher_stages_gradients_are_summed_under_the_tail_and_waited_for_at_the_end():
+    first, second = run_ranks(2, HERE, "reductions")
+    assert first[-6:] == ["1B3", "reduce", "0I1", "0W1", "reduce", "wait"]
+    assert second[-6:] == ["1B1", "reduce", "0I3", "0W3", "reduce", "wait"]
+    assert (first.count("reduce"), first.count("wait")) == (second.count("reduce"), second.count("wait")) == (2, 1)
 
 
 class Counting:

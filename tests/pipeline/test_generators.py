@@ -8,7 +8,7 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from headrace.errors import UserError
-from headrace.pipeline.generators import forward_only, generate, interleaved_one_f_one_b, pick
+from headrace.pipeline.generators import forward_only, generate, interleaved_one_f_one_b, live_bound, pick
 from headrace.pipeline.schedule import Kind, Schedule
 from headrace.pipeline.validate import validate
 
@@ -123,6 +123,31 @@ def test_the_peak_of_live_activations_is_the_published_one(ranks: int, microbatc
     assert peaks(generate("zb_v", *sizes)) == [2 * ranks] * ranks
     assert peaks(generate("dualpipe", *sizes)) == [ranks + 1] * ranks
     assert peaks(generate("dualpipe_v", *sizes)) == [2 * ranks + 1] * ranks
+
+
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "round_size"), [(2, 4, 2), (4, 8, 4), (4, 10, 5), (8, 20, 10), (8, 22, 11), (16, 119, 17)]
+)
+def test_the_peak_of_interleaved_stages_follows_their_round(ranks: int, microbatches: int, round_size: int) -> None:
+    """A round of the stage before, and what lies between a forward and its backward, there and back (2104.04473)."""
+    first, *others = peaks(generate("interleaved_1f1b", ranks, microbatches))
+    assert first == round_size + 2 * (ranks - 1) + 1
+    assert others == [first - 2 * rank for rank in range(1, ranks)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stated_bound_holds_where_few_microbatches_do_not_fill_the_pipeline(name: str) -> None:
+    compared = 0
+    for ranks, microbatches in product(range(1, 9), range(1, 28)):
+        try:
+            schedule = generate(name, ranks, microbatches)
+        except UserError:
+            continue
+        bound = live_bound(name, ranks, microbatches)
+        assert max(peaks(schedule)) <= bound
+        assert max(peaks(schedule)) == bound or microbatches < 2 * ranks
+        compared += 1
+    assert compared > 30
 
 
 @pytest.mark.parametrize(

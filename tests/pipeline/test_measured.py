@@ -7,7 +7,7 @@ import pytest
 from headrace.parallel.mesh import Mesh
 from headrace.pipeline.communication import with_communication
 from headrace.pipeline.generators import generate
-from headrace.pipeline.measured import mean_costs, timeline
+from headrace.pipeline.measured import mean_costs, timeline, traces
 from headrace.pipeline.simulate import Costs, simulate
 from headrace.pipeline.timeline import COMMUNICATION, Span
 from headrace.pipeline.trace import PIECES
@@ -84,10 +84,31 @@ def test_collectives_are_kept_where_experts_are_spread_and_pieces_never():
     assert (found["data"], found["expert"], found["microbatches"], found["layers"]) == (2, 2, 4, [2, 1])
 
 
-def test_it_is_json_and_small_at_the_published_layout():
+def test_traces_hold_what_the_timeline_holds():
+    schedule, spans = ran("dualpipe", 2, 4)
+    extra = [Span(0, 5.01, 5.02, "dispatch", COMMUNICATION)]
+    found = json.loads(json.dumps(timeline(schedule, "as configured", [2, 1], mesh(2, expert=2), spans + extra)))
+    events = {name: json.loads(text)["traceEvents"] for name, text in traces(found).items()}
+    for name in ("planned", "measured"):
+        rows = [
+            [e["pid"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6, e["name"]]
+            for e in events[name]
+            if (e["ph"], e.get("cat")) == ("X", "compute")
+        ]
+        assert sorted(row[::3] for row in rows) == sorted(row[::3] for row in found[name]["spans"])
+        for ours, theirs in zip(sorted(rows), sorted(found[name]["spans"]), strict=True):
+            assert ours[1:3] == pytest.approx(theirs[1:3], abs=1e-8)
+    (collective,) = (event for event in events["measured"] if event.get("cat") == "communication")
+    assert (collective["pid"], collective["ts"], collective["dur"]) == (0, 10_000, 10_000)
+    assert all(event.get("cat") != "communication" for event in events["planned"])
+
+
+def test_they_are_json_and_small_at_the_published_layout():
     schedule, spans = ran("dualpipe", 16, 120, Costs(1 / 3, 2 / 3, 1 / 3, 1 / 3))
-    text = json.dumps(timeline(schedule, "as configured", [4] * 16, mesh(16), spans))
+    found = timeline(schedule, "as configured", [4] * 16, mesh(16), spans)
+    text = json.dumps(found)
     assert len(text) < 400_000
+    assert all(len(trace) < 300_000 for trace in traces(found).values())
     assert json.loads(text)["planned"]["idle"] == pytest.approx([14 / 374] * 16, abs=1e-4)
 
 

@@ -4,11 +4,13 @@ import time
 from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headrace.errors import UserError
 from headrace.pipeline.communication import with_communication
 from headrace.pipeline.generators import generate
-from headrace.pipeline.schedule import Schedule
+from headrace.pipeline.schedule import Action, Kind, Schedule
 from headrace.pipeline.simulate import Costs, Simulation, simulate
 
 SIZES = [(2, 4), (4, 8), (8, 20), (16, 120)]
@@ -163,3 +165,75 @@ def test_what_never_comes_is_named(text: str, words: str) -> None:
 def test_costs_must_cover_every_stage() -> None:
     with pytest.raises(UserError, match="weight has 3 entries; the schedule has 2 stages"):
         simulate(generate("1f1b", 2, 4), Costs(weight=(1, 2, 3)))
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[Schedule, Costs]:
+    """Any schedule with PP 2..16 and N 2PP..6PP, and whole times that differ from stage to stage: sums are exact."""
+    name = draw(st.sampled_from(["1f1b", "interleaved_1f1b", "zb1p", "zb_v", "dualpipe", "dualpipe_v"]))
+    ranks = draw(st.integers(2, 16))
+    ranks -= ranks % 2 if name == "dualpipe" else 0
+    microbatches = draw(st.integers(2 * ranks, 6 * ranks))
+    parts = {"dualpipe": 2, "interleaved_1f1b": microbatches // ranks}.get(name, 1)  # directions, rounds
+    microbatches -= microbatches % parts
+    schedule = generate(name, ranks, microbatches)
+    per_stage = st.lists(st.integers(1, 50), min_size=schedule.stages, max_size=schedule.stages)
+    costs = Costs(*(draw(per_stage) for _ in range(4)), draw(st.none() | per_stage), transfer=draw(st.integers(0, 9)))
+    return schedule, costs
+
+
+def own_time(action: Action, costs: Costs) -> int:
+    """What an action takes, without an all-to-all."""
+    of = {Kind.F: costs.forward, Kind.B: costs.backward, Kind.I: costs.input, Kind.W: costs.weight}
+    if action.parts and costs.overlapped is not None:
+        return costs.overlapped[action.parts[0].stage]
+    return sum(of[part.kind][part.stage] for part in action.computations)
+
+
+@settings(max_examples=60, deadline=None)
+@given(worlds())
+def test_whatever_stages_take_every_action_waits_for_what_it_needs(world: tuple[Schedule, Costs]) -> None:
+    """No schedule stops, ranks are busy as long as their actions take, and a step takes as long as it must at least."""
+    schedule, costs = world
+    result = simulate(schedule, costs)
+    spans = iter(result.spans)
+    start, end, took = {}, {}, {}  # of F, B, I and W; those of a pair are the pair's
+    for rank, actions in enumerate(schedule.actions):
+        clock = 0
+        for action in actions:
+            span = next(spans)
+            assert (span.rank, span.action, span.end - span.start) == (rank, str(action), own_time(action, costs))
+            assert span.start >= clock
+            clock = span.end
+            for part in action.computations:
+                key = "B" if part.kind is Kind.I else part.kind.value, part.stage, part.microbatch
+                start[key], end[key], took[key] = span.start, span.end, span.end - span.start
+        assert result.busy[rank] == sum(own_time(action, costs) for action in actions)
+        assert result.idle[rank] == result.makespan - result.busy[rank]
+    assert next(spans, None) is None
+    assert result.makespan == max(end.values()) >= max(result.busy)
+
+    def way(microbatch: int, stage: int) -> float:
+        """What it takes between a stage and the next one, there or back."""
+        ranks = {schedule.rank_of(stage, microbatch), schedule.rank_of(stage + 1, microbatch)}
+        return costs.transfer if len(ranks) > 1 else 0
+
+    for microbatch in range(schedule.microbatches):
+        chain = 0  # through all stages and back, as if nothing else were to be done
+        for stage in range(schedule.stages):
+            chain += took["F", stage, microbatch]
+            if stage:
+                between = way(microbatch, stage - 1)
+                chain += between
+                assert start["F", stage, microbatch] >= end["F", stage - 1, microbatch] + between
+        for stage in reversed(range(schedule.stages)):
+            chain += took["B", stage, microbatch]
+            assert start["B", stage, microbatch] >= end["F", stage, microbatch]
+            if stage + 1 < schedule.stages:
+                between = way(microbatch, stage)
+                chain += between
+                assert start["B", stage, microbatch] >= end["B", stage + 1, microbatch] + between
+            deferred = took.get(("W", stage, microbatch), 0)
+            if deferred:
+                assert start["W", stage, microbatch] >= end["B", stage, microbatch]
+            assert result.makespan >= chain + deferred

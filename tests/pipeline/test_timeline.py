@@ -61,3 +61,8 @@ def test_a_trace_names_ranks_and_lanes_and_nothing_overlaps_in_a_thread() -> Non
 def test_the_length_of_the_unit_is_the_callers() -> None:
     events = json.loads(chrome_trace([Span(0, 0, 3, "0F0")], microseconds=1000))["traceEvents"]
     assert events[-1]["dur"] == 3000
+
+
+def test_times_are_written_to_the_nanosecond() -> None:
+    events = json.loads(chrome_trace([Span(0, 0.1, 0.4, "0F0"), Span(0, 0.4, 0.7000001234, "0B0")]))["traceEvents"]
+    assert [(e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [(0, 300_000), (300_000, 300_000.123)]

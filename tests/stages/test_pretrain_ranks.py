@@ -90,6 +90,10 @@ def test_a_layout_of_ranks_follows_one_process(layout: str, data: list[str], alo
     assert (scores[0] - scores[1]).abs().max() < 0.05
     timeline = json.loads((artifact(words) / "timeline.json").read_text())
     assert timeline["pipeline"] == (2 if layout == "dualpipe" else 1)
+    for name in ("planned", "measured"):
+        events = json.loads((artifact(words) / f"timeline.{name}.trace.json").read_text())["traceEvents"]
+        actions = [event["name"] for event in events if event["ph"] == "X" and event["cat"] == "compute"]
+        assert sorted(actions) == sorted(row[3] for row in timeline[name]["spans"])
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,10 @@ FINAL_GRADIENTS = frozenset({Kind.B, Kind.W})  # after the last of these a stage
 def with_communication(schedule: Schedule) -> Schedule:
     """A compute-only schedule with SEND, RECV and REDUCE_GRAD added; `validate` accepts what it accepted before.
 
-    REDUCE_GRAD of a stage follows its last B or W on the rank. Stages with copies on several ranks are reduced in
-    ascending order, so a later one waits for the earlier one's place: ranks that share two stages (DualPipe's mirror
-    pairs) then meet in the same order. Without backwards (validation) there are no reductions.
+    REDUCE_GRAD of a stage follows its last B or W on the rank, and what this sends. Stages with copies on several ranks
+    are reduced in descending order, so a lower one waits for the higher one's place: ranks that share two stages
+    (DualPipe's mirror pairs) then meet in the same order. There the higher stage ends first, and is summed while the
+    lower one's last gradients are computed. Without backwards (validation) there are no reductions.
     """
     return Schedule(schedule.name, tuple(_lower(schedule, rank) for rank in range(schedule.ranks)))
 
@@ -75,7 +76,7 @@ def _reductions(schedule: Schedule, rank: int) -> dict[int, list[int]]:
     }
     after: dict[int, list[int]] = {}
     earliest = 0
-    for stage in sorted(last):
+    for stage in sorted(last, reverse=True):  # as `parallel.shards.plan` orders buckets
         place = last[stage]
         if len(schedule.holders(stage)) > 1:
             place = earliest = max(place, earliest)

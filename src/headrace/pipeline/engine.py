@@ -31,7 +31,7 @@ from headrace.parallel.shards import Piece, Whole
 from headrace.pipeline import measured
 from headrace.pipeline.communication import with_communication
 from headrace.pipeline.execute import Executor, Plan, Watch
-from headrace.pipeline.generators import forward_only, generate, pick
+from headrace.pipeline.generators import forward_only, generate, live_bound, pick
 from headrace.pipeline.overlap import Surroundings, Weights
 from headrace.pipeline.record import Record
 from headrace.pipeline.schedule import Schedule
@@ -314,7 +314,7 @@ class Engine:
 @cache
 def _schedule(name: str, ranks: int, microbatches: int) -> Schedule:
     schedule = with_communication(generate(name, ranks, microbatches))
-    validate(schedule)
+    validate(schedule, live_bound(name, ranks, microbatches))
     return schedule
 
 

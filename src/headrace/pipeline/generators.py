@@ -6,13 +6,15 @@ gradient and overlapped pair; where there are 2 PP stages, each is half as long.
 
     name              stages  placement                      idle time of a rank        live activations, in stages
     1f1b              PP      stage s on rank s              (PP-1)(F+B)                PP
-    interleaved_1f1b  v PP    stage s on rank s mod PP       (PP-1)(F+B)                (v-1) PP + 2 (PP-1) + 1
+    interleaved_1f1b  v PP    stage s on rank s mod PP       (PP-1)(F+B)                (v-1) R + 2 (PP-1) + 1
     zb1p              PP      stage s on rank s              (PP-1)(F+B-2W)             PP
     zb_v              2 PP    V: rank r holds r, 2PP-1-r     (PP-1) F if F = B-W = W    2 PP
     dualpipe          PP      rank r holds r and PP-1-r      (PP/2-1)(F&B+B-3W)         PP + 1
     dualpipe_v        2 PP    V                              (PP-1)(F&B+B-3W)           2 PP + 1
 
-The last two are exact for B = 2F, W = F only.
+The last two idle times are exact for B = 2F, W = F only. R is a round of interleaved_1f1b: PP microbatches, or somewhat
+more (`interleaved_one_f_one_b`). The last column is `live_bound`: the rank that holds most holds as many where there
+are at least 2 PP microbatches, and fewer where these do not fill the pipeline.
 
 Where the backward is split, I (gradient of the input) comes first, for another rank waits for it, and W (gradient of
 the weights) fills what would be idle time (Zero Bubble, arXiv 2401.10241; ZB-V: arXiv 2405.15362). DualPipe
@@ -32,11 +34,19 @@ _DUALPIPE_NEEDS = "needs an even number of ranks and an even number of microbatc
 
 def generate(name: str, ranks: int, microbatches: int) -> Schedule:
     """The schedule of `parallel.schedule=name`; raises `UserError` where it does not exist for these numbers."""
-    if name not in _GENERATORS:
-        raise UserError(f"schedule {name!r} is none of {', '.join(_GENERATORS)}")
+    if name not in _SCHEDULES:
+        raise UserError(f"schedule {name!r} is none of {', '.join(_SCHEDULES)}")
     if ranks < 1 or microbatches < 1:
         raise UserError(f"a schedule needs at least 1 rank and 1 microbatch, not {ranks} and {microbatches}")
-    return _GENERATORS[name](ranks, microbatches)
+    return _SCHEDULES[name][0](ranks, microbatches)
+
+
+def live_bound(name: str, ranks: int, microbatches: int) -> int:
+    """Activations, of a stage and a microbatch each, that any rank of this schedule may hold at once; for `validate`.
+
+    The numbers are those that `generate` accepts.
+    """
+    return _SCHEDULES[name][1](ranks, microbatches)
 
 
 def pick(ranks: int, microbatches: int) -> tuple[str, str]:
@@ -65,7 +75,7 @@ def interleaved_one_f_one_b(ranks: int, microbatches: int, stages_per_rank: int 
 
     A round has PP microbatches, or somewhat more where PP does not divide N; all rounds are equal.
     """
-    rounds = max(1, microbatches // ranks)
+    rounds = _rounds(ranks, microbatches)
     if microbatches % rounds:
         below = microbatches - microbatches % ranks
         raise UserError(
@@ -73,6 +83,10 @@ def interleaved_one_f_one_b(ranks: int, microbatches: int, stages_per_rank: int 
             f"{below} and {below + ranks} are possible"
         )
     return _interleaved("interleaved_1f1b", ranks, microbatches, stages_per_rank, microbatches // rounds)
+
+
+def _rounds(ranks: int, microbatches: int) -> int:
+    return max(1, microbatches // ranks)
 
 
 def zb1p(ranks: int, microbatches: int) -> Schedule:
@@ -238,11 +252,15 @@ def _interleaved(name: str, ranks: int, microbatches: int, stages_per_rank: int,
     return Schedule(name, tuple(map(one, range(ranks))))
 
 
-_GENERATORS: dict[str, Callable[[int, int], Schedule]] = {
-    "1f1b": one_f_one_b,
-    "interleaved_1f1b": interleaved_one_f_one_b,
-    "zb1p": zb1p,
-    "zb_v": zb_v,
-    "dualpipe": dualpipe,
-    "dualpipe_v": dualpipe_v,
+_SCHEDULES: dict[str, tuple[Callable[[int, int], Schedule], Callable[[int, int], int]]] = {
+    "1f1b": (one_f_one_b, lambda ranks, _: ranks),
+    "interleaved_1f1b": (
+        interleaved_one_f_one_b,
+        lambda ranks, microbatches: microbatches // _rounds(ranks, microbatches) + 2 * (ranks - 1) + 1,
+    ),
+    "zb1p": (zb1p, lambda ranks, _: ranks),
+    "zb_v": (zb_v, lambda ranks, _: 2 * ranks),
+    "dualpipe": (dualpipe, lambda ranks, _: ranks + 1),
+    "dualpipe_v": (dualpipe_v, lambda ranks, _: 2 * ranks + 1),
 }
+"""By name the generator and the bound on live activations, both from PP and N."""

@@ -11,13 +11,13 @@ the gradients' reduction, the optimizer) is in neither timeline.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from headrace.parallel.mesh import Mesh
 from headrace.pipeline.schedule import Action, Kind, Schedule
 from headrace.pipeline.simulate import Costs, simulate
-from headrace.pipeline.timeline import COMMUNICATION, COMPUTE, Span, idle_shares, window
+from headrace.pipeline.timeline import COMMUNICATION, COMPUTE, Span, chrome_trace, idle_shares, window
 
 
 def timeline(
@@ -49,6 +49,20 @@ def timeline(
         "receive_buffers": list(simulation.receive_buffers),
         "planned": _written(simulation.spans, 0.0),
         "measured": {**_written(actions, begin), "collectives": _rows(collectives, begin)},
+    }
+
+
+def traces(found: Mapping[str, Any]) -> dict[str, str]:
+    """The plan and the measurement of `found`, which `timeline` made, each as JSON for Perfetto: by name."""
+    return {
+        name: chrome_trace(
+            [
+                Span(rank, start, end, action, lane)
+                for lane, rows in ((COMPUTE, "spans"), (COMMUNICATION, "collectives"))
+                for rank, start, end, action in found[name].get(rows, [])
+            ]
+        )
+        for name in ("planned", "measured")
     }
 
 

@@ -54,7 +54,7 @@ def tracks(spans: Iterable[Span]) -> list[list[Span]]:
 def chrome_trace(spans: Sequence[Span], microseconds: float = 1e6) -> str:
     """JSON for Perfetto or chrome://tracing: a process per rank, a thread per lane (more where its spans overlap).
 
-    `microseconds` is the length of the spans' unit: 1e6 for seconds.
+    `microseconds` is the length of the spans' unit: 1e6 for seconds. Times are written to the nanosecond.
     """
     origin, _ = window(spans)
     events: list[dict[str, Any]] = []
@@ -73,14 +73,14 @@ def chrome_trace(spans: Sequence[Span], microseconds: float = 1e6) -> str:
                     "name": span.action,
                     "cat": lane,
                     "ph": "X",
-                    "ts": (span.start - origin) * microseconds,
-                    "dur": (span.end - span.start) * microseconds,
+                    "ts": round((span.start - origin) * microseconds, 3),
+                    "dur": round((span.end - span.start) * microseconds, 3),
                     "pid": rank,
                     "tid": thread,
                 }
                 for span in line
             ]
-    return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
+    return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, separators=(",", ":"))
 
 
 def _name(what: str, rank: int, thread: int, name: str) -> dict[str, Any]:

@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headrace.artifacts.files import link_or_copy, read_json, write_json
+from headrace.artifacts.files import link_or_copy, read_json, write_atomic, write_json
 from headrace.checkpoint.reader import at_step, steps
 from headrace.config.phases import phase_names
 from headrace.errors import UserError
 from headrace.fp8.numerics import describe
 from headrace.launch.device import resolve
 from headrace.pipeline.engine import schedule_of
+from headrace.pipeline.measured import traces
 from headrace.reporting.recipe import write_recipe
 from headrace.reporting.reliability import RELIABILITY
 from headrace.stages.imported import KIND as IMPORTS
@@ -25,6 +26,7 @@ from headrace.training.trainer import Place, Watchers
 
 FORMATS = "formats.json"  # the table "what runs in which format"
 TIMELINE = "timeline.json"  # the planned and the measured timeline of one step
+TRACE = "timeline.{}.trace.json"  # one of the two, "planned" or "measured", to be opened in Perfetto
 
 
 def checkpoints(run_folder: Path) -> Path:
@@ -52,6 +54,8 @@ def body(run: Run) -> Outcome:
     timeline = run.folder / TIMELINE
     if timeline.exists():
         link_or_copy(timeline, run.output / TIMELINE)
+        for name, trace in traces(read_json(timeline)).items():
+            write_atomic(run.output / TRACE.format(name), trace.encode())
     summary = {key: facts[key] for key in ("steps", "tokens", "loss", "validation_loss", "tokens_per_second", "mfu")}
     losses = f"loss {_shown(facts['loss'])}, validation {_shown(facts['validation_loss'])}"
     return Outcome(f"{losses}, {facts['tokens_per_second']:,.0f} tokens/s", summary)
