@@ -47,8 +47,7 @@ def newest(product: Product, back: int) -> Path:
 
 
 def test_damaged_checkpoints_are_passed_over_loudly(fresh: Fresh, undisturbed: Product) -> None:
-    product = fresh()
-    killed_after(product, 22)
+    product = fresh().taking_up(undisturbed, *steps(undisturbed.checkpoints))
     damaged = [newest(product, back) for back in range(4)]
     good = newest(product, 4)
     flip(max(damaged[0].glob("optimizer-00001*")))
@@ -130,9 +129,9 @@ def test_a_full_disk_stops_no_training_and_lists_no_part(small_disk: Product, un
 
 @as_root
 def test_where_the_last_save_finds_no_room_the_run_stops_cleanly(small_disk: Product, undisturbed: Product) -> None:
-    product = small_disk
+    product = small_disk.taking_up(undisturbed, 12)
     stage = product.start()
-    stage.until_step(13)
+    stage.until_step(15)
     ballast = fill(product.folder, 0)
     assert stage.wait() == 2, stage.said
     assert "disk is full" in stage.said.strip().splitlines()[-1]
@@ -164,18 +163,8 @@ def test_a_disk_that_becomes_read_only_stops_no_training(fresh: Fresh, undisturb
     assert os.strerror(errno.EROFS) in json.dumps(product.events("save_failed"))
 
 
-def test_errors_of_the_disk_are_tried_again_and_then_given_up(fresh: Fresh, undisturbed: Product) -> None:
-    product = fresh().with_fault("sync_error", rank=1, times={"4": 2, "12": 60})
-    ends_like(product, product.start(), undisturbed)
-    failed = product.events("save_failed")
-    assert {event["step"] for event in failed} == {12}
-    assert all("Input/output error" in event["error"] for event in failed)
-    assert len(product.events("attempt")) == 1
-
-
 def test_wrong_clocks_and_times_of_files_change_nothing(fresh: Fresh, undisturbed: Product) -> None:
-    product = fresh()
-    killed_after(product, 9)
+    product = fresh().taking_up(undisturbed, 4, 8)
     shuffle_times(product, lambda step: 2_000_000_000 - 86_400 * step)
     back = product.with_fault("clock", seconds=-3600)
     killed_after(back, 14)

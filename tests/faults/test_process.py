@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from faults.product import Product, Stage, compared, steps, wait_for
 
 pytestmark = pytest.mark.faults
 
-DETECTION_SECONDS = 30.0
+HANG_SECONDS = 15
+"""`launch.hang_seconds` is 25, which lets faults be found within 30 s; here all is 10 s quicker."""
+MEMORY, TASKS = (Path(f"/sys/fs/cgroup/{kind}/headrace-faults") for kind in ("memory", "pids"))
 
 
 def ends_like(product: Product, stage: Stage, undisturbed: Product) -> None:
@@ -43,10 +46,12 @@ def test_sigterm_saves_where_it_is_and_asks_to_be_run_again(fresh: Fresh, undist
     ends_like(product, product.start(), undisturbed)
 
 
-def test_a_stopped_rank_is_found_its_stack_is_written_down_and_the_run_goes_on(
-    fresh: Fresh, undisturbed: Product
+def test_ranks_that_are_stopped_or_hang_are_found_and_the_run_goes_on(
+    fresh: Fresh, undisturbed: Product, tmp_path: Path
 ) -> None:
-    product = fresh()
+    """In one run: rank 1 is stopped after step 9, and hangs in step 14."""
+    product = fresh(f"launch.hang_seconds={HANG_SECONDS}").taking_up(undisturbed, 8)
+    product = product.with_fault("hang", rank=1, step=14, once=str(tmp_path / "once"))
     stage = product.start()
     stage.until_step(9)
     ranks = stage.both_ranks()
@@ -54,29 +59,19 @@ def test_a_stopped_rank_is_found_its_stack_is_written_down_and_the_run_goes_on(
     stopped = time.monotonic()
     _, alive = psutil.wait_procs(ranks.values(), timeout=60)
     assert alive == [], stage.said
-    assert time.monotonic() - stopped < DETECTION_SECONDS
+    assert time.monotonic() - stopped < HANG_SECONDS + 5
     ends_like(product, stage, undisturbed)
-    [failure] = product.events("failure")
-    assert failure["rank"] == 1
-    assert "gave no sign of life" in failure["what"]
-    for rank in range(2):
-        assert has_stack(product.folder / "ranks", rank), f"no stack of rank {rank}"
+    silent, hung = product.events("failure")
+    assert silent["rank"] == hung["rank"] == 1
+    assert "gave no sign of life" in silent["what"]
+    assert "hung in" in hung["what"]
+    assert "of step 14" in hung["what"]
+    assert [has_stack(log) for log in (*silent["stacks"], hung["stacks"][1])] == [True] * 3
 
 
-def has_stack(folder: Path, rank: int) -> bool:
-    """Whether a log of the rank holds what faulthandler writes."""
-    logs = folder.glob(f"**/*rank-{rank}*")
-    return any("most recent call first" in log.read_text(errors="replace") for log in logs if log.is_file())
-
-
-def test_a_rank_that_hangs_is_found_and_the_run_goes_on(fresh: Fresh, undisturbed: Product, tmp_path: Path) -> None:
-    product = fresh("launch.hang_seconds=15").with_fault("hang", rank=1, step=14, once=str(tmp_path / "once"))
-    ends_like(product, product.start(), undisturbed)
-    [failure] = product.events("failure")
-    assert failure["rank"] == 1
-    assert "hung in" in failure["what"]
-    assert "of step 14" in failure["what"]
-    assert has_stack(product.folder / "ranks", 1)
+def has_stack(log: str) -> bool:
+    """Whether a rank's log holds what faulthandler writes."""
+    return "most recent call first" in Path(log).read_text(errors="replace")
 
 
 def test_a_slow_rank_is_named_and_nothing_else_happens(fresh: Fresh, undisturbed: Product) -> None:
@@ -90,7 +85,7 @@ def test_a_slow_rank_is_named_and_nothing_else_happens(fresh: Fresh, undisturbed
 
 
 def test_a_step_that_fails_three_times_ends_the_run_with_a_diagnosis(fresh: Fresh, undisturbed: Product) -> None:
-    product = fresh().with_fault("crash", rank=1, step=14)
+    product = fresh().taking_up(undisturbed, 8, 12).with_fault("crash", rank=1, step=14)
     stage = product.run()
     assert stage.code == 1, stage.said
     last = stage.said.strip().splitlines()[-1]
@@ -145,27 +140,46 @@ def about(cause: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:
     return next((event for event in events if cause in json.dumps(event)), None)
 
 
-def test_a_rank_that_the_kernel_ends_for_lack_of_memory_is_restarted_and_the_cause_said(
-    fresh: Fresh, undisturbed: Product, tmp_path: Path
-) -> None:
-    group = Path("/sys/fs/cgroup/memory/headrace-faults")
+@pytest.fixture
+def groups() -> Iterator[None]:
+    """Control groups, empty, in which a rank may have 1 MiB of memory, or no thread more."""
+    limits = {MEMORY / "memory.limit_in_bytes": 1 << 20, TASKS / "pids.max": 1}
     try:
-        group.mkdir(exist_ok=True)
+        for limit in limits:
+            limit.parent.mkdir(exist_ok=True)
     except OSError:
-        pytest.skip("needs a memory cgroup (v1) of its own, for which one must be root")
-    product = fresh().with_fault("memory", rank=1, step=10, group=str(group), once=str(tmp_path / "once"))
+        pytest.skip("needs cgroups (v1) of its own, for which one must be root")
     try:
-        (group / "memory.limit_in_bytes").write_text(str(1 << 20))
-        ends_like(product, product.start(), undisturbed)
+        for limit, value in limits.items():
+            limit.write_text(str(value))
+        yield
     finally:
-        group.rmdir()
-    [failure] = product.events("failure")
-    assert failure["rank"] == 1
-    assert "the kernel ended a process for lack of memory" in failure["what"]
+        for limit in limits:
+            limit.parent.rmdir()
 
 
-def test_a_second_start_follows_the_first(fresh: Fresh, undisturbed: Product) -> None:
-    product = fresh()
+def test_a_rank_that_gets_no_thread_or_too_little_memory_is_restarted_and_the_cause_said(
+    fresh: Fresh, undisturbed: Product, tmp_path: Path, groups: None
+) -> None:
+    """RLIMIT_NPROC, the usual limit of threads, does not hold for root; a control group's does."""
+    product = fresh().taking_up(undisturbed, 8)
+    product = product.with_fault("memory", rank=1, step=18, group=str(MEMORY), once=str(tmp_path / "once"))
+    stage = product.start()
+    stage.until_step(9)
+    (TASKS / "cgroup.procs").write_text(str(stage.both_ranks()[1].pid))
+    ends_like(product, stage, undisturbed)
+    no_thread, no_memory = product.events("failure")
+    assert no_thread["rank"] == no_memory["rank"] == 1
+    assert "can't start new thread: no memory is left, or no process" in no_thread["what"]
+    assert "the kernel ended a process for lack of memory" in no_memory["what"]
+    assert "\n" not in no_thread["what"] + no_memory["what"]
+
+
+def test_a_second_start_follows_the_first_late_messages_change_no_bit_and_errors_of_the_disk_are_tried_again(
+    fresh: Fresh, undisturbed: Product
+) -> None:
+    """What costs no restart, in one run."""
+    product = fresh().with_fault("late").with_fault("sync_error", rank=1, times={"4": 2, "12": 60})
     first = product.start()
     first.until_step(3)
     second = product.start()
@@ -176,3 +190,9 @@ def test_a_second_start_follows_the_first(fresh: Fresh, undisturbed: Product) ->
     assert len(starts) == 1
     assert max(row["step"] for _, row in first.rows()) == STEPS
     assert product.differences(undisturbed) == []
+    failed = product.events("save_failed")
+    assert {event["step"] for event in failed} == {12}  # that of step 4 came about in the end
+    assert all("Input/output error" in event["error"] for event in failed)
+    assert 4 in steps(product.checkpoints)
+    assert len(product.events("attempt")) == 1
+    assert product.events("failure") == []

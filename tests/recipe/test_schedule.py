@@ -137,6 +137,15 @@ def test_v3_lambda_falls_after_10_trillion_tokens(plan: Schedule) -> None:
     assert {step.balance_weight for step in plan.table(1000)} == {1e-4}
 
 
+def test_v3_is_updated_by_adamw_with_the_published_values() -> None:
+    """Report, section 4.2; moments in BF16: section 3.3."""
+    config = load(["experiment=v3_671b"])
+    found = config.recipe.optimizer
+    assert (found.name, found.beta1, found.beta2, found.weight_decay) == ("adamw", 0.9, 0.95, 0.1)
+    assert found.gradient_clip == 1.0
+    assert config.precision.optimizer_moments == "bf16"
+
+
 def test_v3_is_extended_twice(plan: Schedule) -> None:
     """1,000 steps each of 1,920 x 32K and 480 x 128K at 7.3e-6, both of 62.9M tokens (report, section 4.3)."""
     ramp, main, first, second = plan.phases

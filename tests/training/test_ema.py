@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -42,6 +43,24 @@ def test_it_is_the_weighted_mean_of_all_weights_so_far(decay: float) -> None:
     assert [(piece.name, piece.shape, piece.start) for piece in ema.pieces()] == [
         ("weight", (64, 32), 256), ("bias", (4,), 0),
     ]  # fmt: skip
+
+
+def test_it_is_computed_beside_the_step_that_follows() -> None:
+    """`begin` returns while the thread is held up; whoever needs the average waits."""
+    weight, go_on = torch.ones(4), Event()
+    ema = Ema(pieces_of([("weight", weight)]), DECAY)
+    (average,) = (piece.tensor for piece in ema.pieces())
+    ema._thread.submit(go_on.wait)
+    ema.begin()
+    assert average.tolist() == [0.0] * 4
+    waiting = Thread(target=ema.wait)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    go_on.set()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    torch.testing.assert_close(average, weight)
 
 
 class Watching(Recorder):

@@ -5,17 +5,21 @@ import logging
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from headrace.artifacts.tensors import load_tensors
 from headrace.checkpoint.reader import checkpoint_folder, open_checkpoint, steps, tensors_of
 from headrace.config.schema import Config
-from headrace.training.integrity import MEMORY, REPLICAS, Corruption, CorruptionError, Integrity
+from headrace.parallel.shards import Piece
+from headrace.pipeline.engine import Losses
+from headrace.training.integrity import MEMORY, RECOMPUTATION, REPLICAS, Corruption, CorruptionError, Integrity
 from toy_run import (
     EXPERTS,
     LENGTH,
@@ -250,3 +254,66 @@ def test_what_was_saved_since_the_state_was_known_to_be_good_is_removed(
     with pytest.raises(CorruptionError, match="rank 1 differs"):
         toy_trainer(toy_config(), tmp_path).run()
     assert steps(tmp_path) == kept
+
+
+RECOMPUTED = replace(toy_config(), launch=replace(toy_config().launch, recompute_every=4, verify_every=0))
+"""One random step in four is computed twice."""
+
+
+def computed(monkeypatch: pytest.MonkeyPatch, flipped: int | None = None) -> Counter[int]:
+    """How often each step is computed from now on, the step `flipped` with one bit of a gradient wrong at last."""
+    times, step = Counter[int](), ToyLearner.step
+
+    def counted(self: ToyLearner, rows: Tensor, mtp: float, balance: float, label: str) -> Losses:
+        number = int(label.removeprefix("step "))
+        times[number] += 1
+        losses = step(self, rows, mtp, balance, label)
+        if (number, times[number]) == (flipped, 2):
+            piece = next(piece for piece in self.reduction.pieces if piece.name == "experts.weight")
+            assert piece.tensor.grad is not None
+            piece.tensor.grad.view(-1).view(torch.int32)[3] ^= 1
+        return losses
+
+    monkeypatch.setattr(ToyLearner, "step", counted)
+    return times
+
+
+def test_a_clean_run_with_steps_computed_twice_is_the_same(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times, recorder = computed(monkeypatch), Recorder()
+    assert toy_trainer(RECOMPUTED, tmp_path, recorder).run().finished
+    twice = [step for step, count in times.items() if count == 2]
+    assert sorted(times) == list(range(1, 13))
+    assert [(step - 1) // 4 for step in twice] == [0, 1, 2]
+    assert set(times.values()) == {1, 2}
+    assert recorder.of("corruption") == []
+    assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_gradient_that_comes_out_different_is_noticed_and_undone(
+    window: int, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    integrity = Integrity(ToyLearner(ToyModel(), RECOMPUTED), NoMoments(), RECOMPUTED.launch, RECOMPUTED.seed.data)
+    number = next(step for step in range(4 * window, 4 * window + 4) if integrity.recomputes(step)) + 1
+    recorder, model = Recorder(), ToyModel()
+    with monkeypatch.context() as patched:
+        computed(patched, flipped=number)
+        with pytest.raises(CorruptionError, match=r"the summed gradient of experts\.weight of the step came out diff"):
+            toy_trainer(RECOMPUTED, tmp_path, recorder, model).run()
+    (found,) = recorder.of("corruption")
+    assert (found["step"], found["check"], found["ranks"]) == (number, RECOMPUTATION, [0])
+    assert len(model.bias_updates) == number - 1, "it was not applied"
+    assert steps(tmp_path) == [step for step in (4, 8) if step < number - 1], (
+        "nor is what was saved right before it kept"
+    )
+    assert toy_trainer(RECOMPUTED, tmp_path).run().finished
+    assert_same_end(tmp_path, undisturbed)
+
+
+class NoMoments:
+    """An optimizer that keeps nothing."""
+
+    def moments(self) -> list[Piece]:
+        return []

@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -18,19 +19,24 @@ from headrace.config.recipe import ExtensionConfig, RopeScaling
 from headrace.config.schema import Config
 from headrace.config.shards import training_shards
 from headrace.errors import UserError
+from headrace.stages import pretrain
+from headrace.stages.run import main
 from headrace.stages.token_units import encoder_of
 from headrace.tokens.loader import TokenDataset
 from headrace.tokens.plan import Text, plan
 from headrace.tokens.shards import Source, finish, make_shard
 from headrace.tokens.tokenizer import build_tokenizer
 from headrace.training.learner import build_engine
+from headrace.training.on_rank import Job
 from headrace.training.place import Place, Watchers
 from headrace.training.rows import Rows, open_rows
 from headrace.training.telling import moe_layers
 from headrace.training.trainer import Trainer
+from small_corpus import tokenized
 from toy_run import Recorder
 
 STEPS, LENGTH = 24, 32
+SPLITS = ("corpus.validation_fraction=0.2", "corpus.heldout_fraction=0.2")
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +154,18 @@ def test_a_length_that_shards_are_not_packed_for_is_said(config: Config, dataset
     recipe = replace(config.recipe, sequence_length=100_000)
     with pytest.raises(UserError, match=r"'train'.*add 100000 to tokens\.row_lengths"):
         open_rows(dataset, replace(config, recipe=recipe))
+
+
+def test_the_recipe_can_be_looked_at_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("experiment=tiny", "tracking=disabled", "corpus=files", "tokenizer.vocab_size=300", *SPLITS)
+    words, seen = tokenized(tmp_path, settings), list[str]()
+
+    def not_a_step(job: Job, folder: Path, watchers: Watchers) -> None:
+        seen.extend([(folder / "recipe.svg").read_text(), *map(str, folder.glob("checkpoints/*"))])
+        raise UserError("it was to be looked at only")
+
+    monkeypatch.setattr(pretrain, "train_supervised", not_a_step)
+    assert main(pretrain.DOOR, words) == 2
+    (picture,) = seen
+    assert "learning rate" in picture
+    assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"

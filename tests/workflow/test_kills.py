@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -108,9 +108,15 @@ def test_a_users_mistake_is_tried_once(tokens_made: Callable[[], Project]) -> No
     assert [entry.get("exit") for entry in attempts(project)] == [None, 2]
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("victims", ["snakemake", "stage", "both"])
-@pytest.mark.parametrize("stage", ["tokenize_shards", *(stage for stage in STAGES if stage != "pretrain")])
+def killed() -> Iterator[object]:
+    """Stages and victims; what differs among stages is what the death of both leaves behind, the rest is the same."""
+    for stage in ("tokenize_shards", *(stage for stage in STAGES if stage != "pretrain")):
+        for victims in ("both", "snakemake", "stage"):
+            often = victims == "both" or stage == "tokenize_shards"
+            yield pytest.param(stage, victims, marks=pytest.mark.faults if often else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("stage", "victims"), list(killed()))
 def test_every_stage_goes_on_after_kill_9(tiny: Project, tmp_path: Path, stage: str, victims: str) -> None:
     program, stage = stage, stage.removesuffix("_shards")
     project = copy_of(tiny, tmp_path, STAGES[: STAGES.index(stage)])

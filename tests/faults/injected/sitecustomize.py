@@ -1,8 +1,9 @@
 """Faults that only the inside of a rank can do to itself. Python imports this where its folder lies on PYTHONPATH.
 
-`INJECTED_FAULT` is JSON: {"fault": one of `FAULTS`, ...its own details}; "once" is a file whose existence says that it
-has happened. The product knows nothing of this: modules are changed as they are imported, and only in ranks. What is
-changed are names of the product's interior, so a fault that can no longer be placed fails the rank that should have it.
+`INJECTED_FAULT` is a JSON list of {"fault": one of `FAULTS`, ...its own details}; "once" is a file whose existence
+says that it has happened. The product knows nothing of this: modules are changed as they are imported, and only in
+ranks. What is changed are names of the product's interior, so a fault that can no longer be placed fails the rank that
+should have it.
 """
 
 import importlib.abc
@@ -17,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-DETAILS = json.loads(os.environ.get("INJECTED_FAULT", "{}"))
+Details = dict[str, Any]
+INJECTED: list[Details] = json.loads(os.environ.get("INJECTED_FAULT", "[]"))
 RANK = int(os.environ.get("RANK", "-1"))
 STEP = [0]  # the step that is being computed, counted from 1
 
@@ -33,7 +35,7 @@ class After(importlib.abc.MetaPathFinder):
         if name != self._module:
             return None
         sys.meta_path.remove(self)
-        found = importlib.util.find_spec(name)
+        found = importlib.util.find_spec(name)  # by the next of these, where two change one module
         execute = found.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
@@ -50,12 +52,12 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, lambda *given, **named: around(old, *given, **named))
 
 
-def now(step: int | None = None, name: str = "") -> bool:
+def now(details: Details, step: int | None = None, name: str = "") -> bool:
     """Whether it is this rank's turn, in the step of the details or in `step`; with "once", the first time only."""
-    if DETAILS["rank"] != RANK or STEP[0] != (step or DETAILS["step"]):
+    if details["rank"] != RANK or STEP[0] != (step or details["step"]):
         return False
-    if "once" in DETAILS:
-        happened = Path(DETAILS["once"] + name)
+    if "once" in details:
+        happened = Path(details["once"] + name)
         if happened.exists():
             return False
         happened.touch()
@@ -83,67 +85,91 @@ def on_action(change: Callable[[str], None]) -> None:
     After("headrace.pipeline.execute", lambda module: wrap(module._Execution, "_compute", compute))
 
 
-def reset() -> None:
+def reset(details: Details) -> None:
     """Cut all connections to other ranks, for both sides, before an action; "at" is the step for each kind of them."""
 
     def change(kind: str) -> None:
-        if kind in DETAILS["at"] and now(DETAILS["at"][kind], f".{kind}"):
+        if kind in details["at"] and now(details, details["at"][kind], f".{kind}"):
             cut()
 
     on_action(change)
 
 
 def cut() -> None:
-    """Have the kernel reset this process's connections to other ranks: those of gloo, not that to the parent."""
-    parent = json.loads(os.environ["HEADRACE_RANKS"])["port"]
+    """Have the kernel reset this process's connections to other ranks."""
+    for here, there in connections():
+        subprocess.run(["ss", "-K", "sport", "=", here, "dport", "=", there], capture_output=True, check=True)
+
+
+def connections() -> list[tuple[str, str]]:
+    """Ports of this process's connections to other ranks: those of gloo, not that to the parent."""
+    parent, found = str(json.loads(os.environ["HEADRACE_RANKS"])["port"]), []
     said = subprocess.run(["ss", "-tnpH", "state", "established"], capture_output=True, text=True, check=True).stdout
     for line in said.splitlines():
         if f"pid={os.getpid()}," in line:
             here, there = (end.rpartition(":")[2] for end in line.split()[2:4])
-            if str(parent) not in (here, there):
-                subprocess.run(["ss", "-K", "sport", "=", here, "dport", "=", there], capture_output=True, check=True)
+            if parent not in (here, there):
+                found.append((here, there))
+    return found
 
 
-def crash() -> None:
+def partition(details: Details) -> None:
+    """From an action on nothing arrives any more on the connections to other ranks, in a network of the test's own."""
+
+    def change(kind: str) -> None:
+        if kind == details["kind"] and now(details):
+            found = connections()
+            assert found, "it has no connections to other ranks"
+            rules = ["add pref 100 lookup local", "delete pref 0"]
+            for port in {port for pair in found for port in pair}:
+                rules += [f"add pref 10 ipproto tcp {end} {port} blackhole" for end in ("sport", "dport")]
+            for rule in rules:
+                subprocess.run(["ip", "rule", *rule.split()], capture_output=True, check=True)
+
+    on_action(change)
+
+
+def crash(details: Details) -> None:
     """An exception in a step, however often it is tried."""
 
     def change(kind: str) -> None:
-        if now():
+        if now(details):
             raise ArithmeticError("this step cannot be computed")
 
     on_action(change)
 
 
-def hang() -> None:
+def hang(details: Details) -> None:
     """A computation that never ends."""
 
     def doing(old: Callable[..., Any], self: Any, action: str) -> None:
         old(self, action)
-        if now():
+        if now(details):
             time.sleep(1e6)
 
     After("headrace.pipeline.execute", lambda module: wrap(module._Execution, "_doing", doing))
 
 
-def memory() -> None:
+def memory(details: Details) -> None:
     """A computation that needs more memory than the rank may have: the kernel ends the process."""
 
     def change(kind: str) -> None:
-        if now():
-            (Path(DETAILS["group"]) / "cgroup.procs").write_text(str(os.getpid()))
+        if now(details):
+            (Path(details["group"]) / "cgroup.procs").write_text(str(os.getpid()))
             bytearray(64 << 20)[::4096] = b"\1" * (64 << 20 >> 12)
 
     on_action(change)
 
 
-def not_a_number() -> None:
-    """One element of one gradient on one rank is NaN, in one step."""
+def not_a_number(details: Details) -> None:
+    """One element of one gradient on one rank is NaN or Inf; "at" is the value by step."""
 
     def step(old: Callable[..., Any], self: Any, *given: Any, **named: Any) -> Any:
         losses = old(self, *given, **named)
-        if now():
-            piece = next(piece for piece in self.reduction.pieces if ".mlp.experts." in piece.name)
-            piece.tensor.grad.view(-1)[3] = float("nan")
+        for at, value in details["at"].items():
+            if now(details, int(at), f".{at}"):
+                piece = next(piece for piece in self.reduction.pieces if ".mlp.experts." in piece.name)
+                piece.tensor.grad.view(-1)[3] = float(value)
         return losses
 
     After("headrace.pipeline.engine", lambda module: wrap(module.Engine, "step", step))
@@ -152,12 +178,12 @@ def not_a_number() -> None:
 TENSORS: dict[str, Any] = {}
 
 
-def flip() -> None:
+def flip(details: Details) -> None:
     """One bit of one weight, or one moment, on one rank changes behind everybody's back, between two steps."""
 
     def step(old: Callable[..., Any], self: Any, *given: Any, **named: Any) -> Any:
-        for what, step in DETAILS["at"].items():
-            if now(step, f".{what}"):
+        for what, step in details["at"].items():
+            if now(details, step, f".{what}"):
                 import torch
 
                 with torch.no_grad():
@@ -172,7 +198,7 @@ def flip() -> None:
     After("headrace.training.optimizer", lambda module: wrap(module.Optimizer, "__init__", made))
 
 
-def slow() -> None:
+def slow(details: Details) -> None:
     """From a step on, every computation of one rank takes half as long again, from when what it needs is there."""
     began = [0.0]
 
@@ -182,7 +208,7 @@ def slow() -> None:
 
     def compute(old: Callable[..., Any], self: Any, action: Any) -> None:
         old(self, action)
-        if DETAILS["rank"] == RANK and STEP[0] >= DETAILS["from_step"]:
+        if details["rank"] == RANK and STEP[0] >= details["from_step"]:
             time.sleep(0.5 * (time.monotonic() - began[0]))
 
     def change(module: Any) -> None:
@@ -192,7 +218,7 @@ def slow() -> None:
     After("headrace.pipeline.execute", change)
 
 
-def late() -> None:
+def late(details: Details) -> None:
     """One message in five is 200 ms late, as where its packets were lost and sent again (TCP's least time-out)."""
     import random
 
@@ -209,21 +235,21 @@ def late() -> None:
     After("headrace.pipeline.transfer", change)
 
 
-def clock() -> None:
+def clock(details: Details) -> None:
     """The wall clock is off by so many seconds; the monotonic one goes on."""
     true = time.time
-    time.time = lambda: true() + DETAILS["seconds"]
+    time.time = lambda: true() + details["seconds"]
 
 
-def sync_error() -> None:
+def sync_error(details: Details) -> None:
     """So many fsyncs of what is saved fail with EIO, for each of some steps."""
-    true, left = os.fsync, DETAILS["times"]
+    true, left = os.fsync, details["times"]
 
     def fsync(file: Any) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
         path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         for step in left:
-            if left[step] and DETAILS["rank"] == RANK and f"/.unfinished-{step}-" in path:
+            if left[step] and details["rank"] == RANK and f"/.unfinished-{step}-" in path:
                 left[step] -= 1
                 raise OSError(5, "Input/output error")
         true(descriptor)
@@ -231,7 +257,7 @@ def sync_error() -> None:
     os.fsync = fsync
 
 
-def rows() -> None:
+def rows(details: Details) -> None:
     """Nothing bad: every rank writes down which rows it reads for which step."""
 
     def step(old: Callable[..., Any], self: Any, rows_RL: Any, *given: Any, **named: Any) -> Any:
@@ -240,18 +266,27 @@ def rows() -> None:
 
         rows = [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()[:16] for row in rows_RL]
         line = {"step": STEP[0], "rank": RANK, "data_rank": self.mesh.data_rank, "rows": rows}
-        with Path(DETAILS["file"]).open("a") as file:
+        with Path(details["file"]).open("a") as file:
             file.write(json.dumps(line) + "\n")
         return result
 
     After("headrace.pipeline.engine", lambda module: wrap(module.Engine, "step", step))
 
 
-FAULTS = {f.__name__: f for f in (reset, crash, hang, memory, not_a_number, flip, slow, late, clock, sync_error, rows)}
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        reset, partition, crash, hang, memory, not_a_number, flip, slow, late, clock, sync_error, rows,
+    )
+}  # fmt: skip
 
-if DETAILS and "headrace.training.on_rank" in sys.orig_argv:
-    FAULTS[DETAILS["fault"]]()
+if INJECTED and "headrace.training.on_rank" in sys.orig_argv:
+    for injected in INJECTED:
+        FAULTS[injected["fault"]](injected)
     After("headrace.pipeline.engine", counting_steps)
-elif DETAILS and "headrace.stages.pretrain" in sys.orig_argv and DETAILS["fault"] in ("clock", "rows"):
-    FAULTS[DETAILS["fault"]]()  # a clock is wrong for all processes of a machine; a layout of one has no other process
-    After("headrace.pipeline.engine", counting_steps)
+elif INJECTED and "headrace.stages.pretrain" in sys.orig_argv:
+    # A clock is wrong for all processes of a machine; a layout of one has no other process.
+    for injected in INJECTED:
+        if injected["fault"] in ("clock", "rows"):
+            FAULTS[injected["fault"]](injected)
+            After("headrace.pipeline.engine", counting_steps)
