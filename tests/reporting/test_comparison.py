@@ -73,7 +73,7 @@ def test_the_report_shows_values_differences_and_the_command(demo_facts: ReportF
         "quiz acc 0.2500 [0.1636, 0.3364] < 0.001",
         "better",
         f"{OTHER} differs from {OURS} in recipe.learning_rate.peak=0.002",
-        "Not in all of these runs: extra: acc.",
+        f"extra: acc: not in {OTHER}",
         f"snakemake compare --config runs=[{OURS},{OTHER}]",
         "Source: compare/aaaaaaaaaaaa/compare.json , of snakemake compare",
     ):

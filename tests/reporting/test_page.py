@@ -167,6 +167,14 @@ def test_the_numbers_are_there(html: str) -> None:
         "minus bigram",
         "\N{MINUS SIGN}0.294 [\N{MINUS SIGN}0.334, \N{MINUS SIGN}0.252]",
         "✓ bit for bit",
+        "3.1e\N{MINUS SIGN}72.9e\N{MINUS SIGN}8 [\N{MINUS SIGN}3.4e\N{MINUS SIGN}9, 6.1e\N{MINUS SIGN}8]",
+        "0.00312\N{MINUS SIGN}0.00055 [\N{MINUS SIGN}0.0009, \N{MINUS SIGN}0.0002]",
+        "one that leaves out zero is more than the choice of rows explains",
+        "2.398[2.328, 2.478]",  # a baseline and its own interval
+        "1.953one number",
+        "xz -9 compresses it in one piece, which gives one number and no interval.",
+        "the mean of the last 10 logged steps, 20,480 tokens",
+        "over 64 rows of 512 tokens",
         "for information",
         "certifi",
         "≤ 0.0001",
@@ -180,6 +188,7 @@ def test_the_numbers_are_there(html: str) -> None:
         "[2.542, 2.683]nonenone",  # chance, and items found in the text
         "[0.209, 0.330]0.250not looked for",
         "/results.json, of snakemake evaluate",
+        'manifest.json of each stage, of snakemake --cores 2 --config experiment=demo set="recipe.learning_rate.peak',
         'evaluatesnakemake evaluate --cores 2 --config experiment=demo set="recipe.learning_rate.peak=2e-3"',
     ):
         assert words in text, words

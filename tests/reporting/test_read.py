@@ -19,14 +19,16 @@ from headrace.pipeline.simulate import Costs, simulate
 from headrace.pipeline.timeline import COMMUNICATION, Span
 from headrace.reporting.facts import Baseline, Difference, Estimate
 from headrace.reporting.read import (
+    _LOSS_ROWS,
     differences,
     read_evaluation,
     read_stage,
     read_study,
     read_training,
 )
-from headrace.reporting.recipe import write_recipe
+from headrace.reporting.recipe import DATA, write_recipe
 from headrace.training.history import shares
+from headrace.training.trainer import RECENT_ROWS
 
 CONFIG = load(["experiment=tiny"])
 
@@ -47,15 +49,24 @@ def pretrain(tmp_path: Path) -> Path:
         "loss",
         "validation_loss",
         "skipped_steps",
+        "validation_rows",
     )
     facts = {key: float(i) for i, key in enumerate(keys, 1)}
     write_json(tmp_path / "training.json", {**facts, "device": "cpu"})
     write_rows(
         tmp_path / "metrics.jsonl",
         [
-            {"step": 1, "tokens": 100, "loss": 7.0, "mtp_loss": 7.1, "gradient_norm": 3.0, "maxvio": 2.0},
+            {
+                "step": 1,
+                "tokens": 100,
+                "loss": 7.0,
+                "mtp_loss": 7.1,
+                "gradient_norm": 3.0,
+                "maxvio": 2.0,
+                "sequences": 2,
+            },
             {"step": 2, "tokens": 200, "validation_loss": 6.5},
-            {"step": 3, "tokens": 300, "loss": 6.0, "validation_loss": 6.1, "tokens_per_second": 50.0},
+            {"step": 3, "tokens": 300, "loss": 6.0, "validation_loss": 6.1, "tokens_per_second": 50.0, "sequences": 4},
         ],
     )
     write_recipe(CONFIG.recipe, tmp_path)
@@ -76,11 +87,29 @@ def test_training(pretrain: Path) -> None:
     assert facts.curves["train"] == ((100.0, 7.0), (300.0, 6.0))
     assert facts.curves["validation"] == ((200.0, 6.5), (300.0, 6.1))
     assert facts.curves["mfu"] == ()
+    assert (facts.loss_train_steps, facts.loss_train_tokens) == (2, 6 * CONFIG.recipe.sequence_length)
+    assert (facts.validation_rows, facts.validation_length) == (10.0, CONFIG.recipe.extensions[-1].sequence_length)
     assert facts.formats == (("router", "FP32"),)
     assert facts.expert_load is not None
     last = CONFIG.model.num_hidden_layers
     assert facts.expert_load.layers == {"layer 1": ((0.5, 0.5),), f"layer {last} (MTP)": ((0.75, 0.25),)}
     assert facts.expert_load.max_violation == ((100.0, 0.25),)
+
+
+def test_the_training_loss_is_of_the_steps_that_the_trainer_averages(pretrain: Path) -> None:
+    """In a run whose rows are twice as long from step 100 on."""
+    assert _LOSS_ROWS == RECENT_ROWS
+    write_rows(
+        pretrain / "metrics.jsonl", [{"step": s, "tokens": s, "loss": 5.0, "sequences": 2} for s in range(1, 106)]
+    )
+    planned = json.loads((pretrain / DATA).read_text())
+    main = planned["phases"][0]
+    longer = {**main, "first": 99, "end": 105, "sequence_length": 2 * main["sequence_length"]}
+    write_json(pretrain / DATA, {**planned, "phases": [{**main, "first": 0, "end": 99}, longer]})
+    found = read_training(pretrain, CONFIG.model)
+    # steps 96 to 99 are short, 100 to 105 are long
+    assert (found.loss_train_steps, found.loss_train_tokens) == (10, 2 * (4 + 6 * 2) * main["sequence_length"])
+    assert found.validation_length == longer["sequence_length"]
 
 
 def test_the_timeline_of_a_step(pretrain: Path) -> None:
@@ -148,6 +177,7 @@ def test_evaluation(tmp_path: Path) -> None:
         "compared": "a / b",
         "tokens": 8,
         "mean": 0.0,
+        "shift": estimate(-0.01),
         "largest": 0.1,
         "identical": False,
         "line": None,
@@ -172,6 +202,9 @@ def test_evaluation(tmp_path: Path) -> None:
     assert [score.kind for score in facts.bits_per_byte] == ["all", "docs", "aaa"]
     assert list(facts.bits_per_byte[0].baselines) == ["unigram", "bigram", "xz -9"]
     assert facts.bits_per_byte[0].baselines["xz -9"] == Baseline(1.9)
+    bigram = facts.bits_per_byte[0].baselines["bigram"]
+    assert (bigram.low, bigram.high) == (2.3, 2.5)
+    assert facts.agreement[0].shift == Estimate(-0.01, -0.11, pytest.approx(0.09))
     assert facts.bits_per_byte[0].baselines["bigram"].difference == Estimate(-0.4, -0.5, pytest.approx(-0.3))
     assert (facts.tasks[0].name, facts.tasks[0].chance, facts.agreement[0].limit) == ("puzzles", 0.25, None)
     assert facts.samples[0].prompt == "a\u2028b"

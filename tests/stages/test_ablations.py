@@ -47,9 +47,18 @@ def test_a_stage_that_fails_ends_it(calls: list[tuple[str, ...]], monkeypatch: p
     assert calls == []
 
 
-def test_another_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ablations.main(["experiment=tiny"]) == 2
-    assert "experiments of their own" in capsys.readouterr().err
+@pytest.mark.parametrize("named", ["experiment=tiny", "experiment=ablations_dense"])
+def test_another_experiment_is_refused(named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablations.main([named]) == 2
+    told = capsys.readouterr().err
+    assert f"{named}: `snakemake ablations` trains experiments of its own" in told and told.count("\n") == 1
+
+
+def test_the_experiment_that_all_are_compared_with_may_be_named(calls: list[tuple[str, ...]]) -> None:
+    """As `snakemake ablations --config experiment=ablations` does."""
+    assert ablations.main(["experiment=ablations"]) == 0
+    assert calls[0] == ("corpus", "experiment=ablations") and calls[-1] == ("compared", *EXPERIMENTS)
+    assert {words[1:] for words in calls[:-1]} == {(f"experiment={name}",) for name in EXPERIMENTS}
 
 
 def test_each_differs_from_the_baseline_by_what_its_name_says_alone() -> None:

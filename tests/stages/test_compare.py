@@ -19,6 +19,7 @@ from headrace.stages import compare, convert, evaluate, pretrain
 from headrace.stages.places import places
 from headrace.stages.run import main
 from small_corpus import tokenized
+from wandb_file import read_wandb
 
 A, B, C = "3fa1aaaaaaaa", "3fb2bbbbbbbb", "77c0cccccccc"
 SCORES = {
@@ -100,6 +101,26 @@ def test_runs_are_found_by_their_beginnings_and_compared_with_the_first(
     )  # another order, another first
 
 
+def test_the_record_in_wandb_holds_the_paired_figures(results: Path) -> None:
+    """The file that `snakemake sync` would upload, read as W&B writes it."""
+    assert compare.main(["runs=[3fa,3fb2,7]", f"paths.results={results}", "tracking=offline"]) == 0
+    (folder,) = (results / "compare").iterdir()
+    (file,) = (folder / "tracking").rglob("*.wandb")
+    run = read_wandb(file)
+    assert (run.run_id, run.job_type, run.exit_code) == (f"compare-{folder.name}", "compare", 0)
+    assert run.config["runs"] == [A, B, C]
+    assert [entry["name"] for entry in run.config["inputs"]] == [f"evaluate-{name}" for name in (A, B, C)]
+    (row,) = read_json(folder / "compare.json")["rows"]
+    for name in (B, C):
+        own = run.summary[f"quiz/acc/{name} - {A}"]
+        assert own == row["differences"][name]
+        expected = stats.ttest_rel(SCORES[name], SCORES[A])
+        assert own["value"] == pytest.approx((SCORES[name] - SCORES[A]).mean())
+        assert own["p"] == pytest.approx(expected.pvalue)
+        low, high = expected.confidence_interval(0.95)
+        assert (own["low"], own["high"]) == pytest.approx((low, high))
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
@@ -138,7 +159,9 @@ def test_no_runs_named_is_the_users_mistake(results: Path, capsys: pytest.Captur
 def test_runs_with_other_items_are_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finish(results, "0d0d0d0d0d0d", SCORES[A], 1e-3, salt="another")
     assert call(results, "[3fa,0d]") == 2
-    assert f"evaluate 0d0d0d0d0d0d and {A}: quiz was scored on other items" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"evaluate {A}, 0d0d0d0d0d0d: nothing to compare: quiz: other items in 0d0d0d0d0d0d (80)" in told
+    assert told.count("\n") == 1 and not (results / "compare").exists()
 
 
 def test_a_damaged_result_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,10 @@
 """Finished evaluations side by side: paired differences on the items that all of them were scored on.
 
 Two figures with overlapping intervals may still differ beyond doubt, and two far apart may not: most of an interval is
-how hard the items happen to be, which is the same for every model. So runs are compared item by item, and only where
-every item's hash is the same; the first run is what the others are compared with. A difference is `run - first`:
+how hard the items happen to be, which is the same for every model. So runs are compared item by item, and only by
+figures of which every item's hash is the same in all runs; the others are left out, each with its reason, since runs
+with another tokenizer or sequence length, whose held-out rows are cut elsewhere, still share their tasks. The first
+run is what the others are compared with. A difference is `run - first`:
 
 - bits per byte, overall and per kind of text: bootstrap over documents;
 - tasks with a likelihood: bits per byte of the answers, the same with items (or their passages) in place of documents;
@@ -37,11 +39,12 @@ from headrace.evaluation.statistics import (
 )
 
 Entry = Mapping[str, Any]
+Key = tuple[str, str]  # task and metric
 
 BITS = "bits_per_byte"
 BITS_METRIC = "bits per byte"
 _MODEL = "model"  # `bits_per_byte.MODEL`; that module imports transformers, which takes seconds
-_AGAIN = "evaluate both with the same corpus, tokenizer and evaluate.* settings"
+_AGAIN = "evaluate all with the same corpus, tokenizer and evaluate.* settings"
 
 
 @dataclass(frozen=True)
@@ -97,19 +100,18 @@ class _Measure:
 def compare(runs: Sequence[EvaluatedRun], resamples: int, seed: int = 0) -> dict[str, Any]:
     """The content of compare.json: at least two runs, the first of which the others are compared with.
 
-    Raises `UserError` where a task's items differ between runs, naming the first one that does. Tasks that not all runs
-    have are listed under `left_out`.
+    `left_out` names the figures that not all runs have on the same items, asked in the same way, each with its reason.
+    Raises `UserError` where that leaves nothing to compare.
     """
     assert len(runs) >= 2
-    measured = {run.name: _measures(run) for run in runs}
-    everywhere = [key for key in measured[runs[0].name] if all(key in own for own in measured.values())]
+    shared, left_out = _shared(runs)
+    if not shared:
+        raise UserError(f"evaluate {', '.join(run.name for run in runs)}: nothing to compare: {_in_short(left_out)}")
     rows: list[dict[str, Any]] = []
     # A bootstrap cannot say less than one in so many, and Holm multiplies it by the number of differences.
-    drawn = max(resamples, 2 * math.ceil(len(everywhere) * (len(runs) - 1) / (1 - LEVEL)))
-    for task, metric in everywhere:
-        own = [measured[run.name][task, metric] for run in runs]
-        paired = [_paired(task, runs[0], own[0], run, other) for run, other in zip(runs[1:], own[1:], strict=True)]
-        differences = [other.minus(own[0], drawn, seed) for other in paired]
+    drawn = max(resamples, 2 * math.ceil(len(shared) * (len(runs) - 1) / (1 - LEVEL)))
+    for (task, metric), own in shared.items():
+        differences = [other.minus(own[0], drawn, seed) for other in own[1:]]
         values = [each.estimate(resamples, seed) for each in own]
         rows.append(
             {
@@ -123,9 +125,6 @@ def compare(runs: Sequence[EvaluatedRun], resamples: int, seed: int = 0) -> dict
             }
         )
     tested = _judge(rows)
-    found = {
-        f"{task}: {metric}" for own in measured.values() for task, metric in own if (task, metric) not in everywhere
-    }
     return {
         "schema": 1,
         "first": runs[0].name,
@@ -136,7 +135,7 @@ def compare(runs: Sequence[EvaluatedRun], resamples: int, seed: int = 0) -> dict
         "resamples_of_differences": drawn,
         "adjusted": f"Holm over {tested} differences",
         "rows": rows,
-        "left_out": sorted(found),
+        "left_out": [f"{task}: {metric}: {reason}" for (task, metric), reason in sorted(left_out.items())],
     }
 
 
@@ -160,12 +159,43 @@ def markdown(facts: Mapping[str, Any]) -> str:
         f"that one such comparison finds with a probability of {100 * facts['power']:.0f} %. All of this speaks of "
         "other items, not of other seeds of training.",
     ]
-    lines += ["", "Not in all runs: " + "; ".join(facts["left_out"]) + "."] if facts["left_out"] else []
+    lines += ["", "Left out:", "", *(f"- {name}" for name in facts["left_out"])] if facts["left_out"] else []
     return "\n".join(lines) + "\n"
 
 
-def _measures(run: EvaluatedRun) -> dict[tuple[str, str], _Measure]:
-    found: dict[tuple[str, str], list[tuple[Entry, float, float | None]]] = {}
+def _shared(runs: Sequence[EvaluatedRun]) -> tuple[dict[Key, list[_Measure]], dict[Key, str]]:
+    """By figure, either the measures of all runs with their items in the first's order, or why there is none."""
+    measured = [_measures(run) for run in runs]
+    shared: dict[Key, list[_Measure]] = {}
+    left_out: dict[Key, str] = {}
+    for key in dict.fromkeys(key for own in measured for key in own):
+        lacking = [run.name for run, own in zip(runs, measured, strict=True) if key not in own]
+        if lacking:
+            left_out[key] = f"not in {' and '.join(lacking)}"
+            continue
+        paired = [measured[0][key]]
+        for run, own in zip(runs[1:], measured[1:], strict=True):
+            found = _paired(key[0], runs[0], paired[0], run, own[key])
+            if isinstance(found, str):
+                left_out[key] = found
+                break
+            paired.append(found)
+        else:
+            shared[key] = paired
+    return shared, left_out
+
+
+def _in_short(left_out: Mapping[Key, str]) -> str:
+    """Why nothing is left, in one line: the first reason stands for the others, which are mostly the same."""
+    if not left_out:
+        return "none has a task or held-out text"
+    (task, _), reason = next(iter(left_out.items()))
+    more = f" (figures left out besides it: {len(left_out) - 1})" if len(left_out) > 1 else ""
+    return f"{task}: {reason}{more}; {_AGAIN}"
+
+
+def _measures(run: EvaluatedRun) -> dict[Key, _Measure]:
+    found: dict[Key, list[tuple[Entry, float, float | None]]] = {}
     for entry in run.entries:
         if "hash" not in entry:
             raise UserError(f"evaluate {run.name}: written before items carried hashes; run evaluate again")
@@ -196,21 +226,19 @@ def _measure(rows: list[tuple[Entry, float, float | None]]) -> _Measure:
     )
 
 
-def _paired(task: str, first: EvaluatedRun, ours: _Measure, run: EvaluatedRun, theirs: _Measure) -> _Measure:
-    """`theirs` in the order of `ours`; `UserError` where the items, or how they were asked, are not the same."""
+def _paired(task: str, first: EvaluatedRun, ours: _Measure, run: EvaluatedRun, theirs: _Measure) -> _Measure | str:
+    """`theirs` in the order of `ours`; the reason where the items, or how they were asked, are not the same."""
     ordered = theirs.ordered_as(ours)
     if ordered is None:
         apart = sorted(set(ours.items) ^ set(theirs.items)) or sorted(ours.items)
-        raise UserError(
-            f"evaluate {run.name} and {first.name}: {task} was scored on other items ({len(theirs.items)} and "
-            f"{len(ours.items)}), the first that differs is {apart[0][0]!r}; {_AGAIN}"
+        return (
+            f"other items in {run.name} ({len(theirs.items):,}) than in {first.name} ({len(ours.items):,}), "
+            f"the first that differs is {apart[0][0]!r}"
         )
     name = task.partition(",")[0]
     definitions = [other.results["tasks"].get(name, {}).get("definition") for other in (first, run)]
     if definitions[0] != definitions[1]:
-        raise UserError(
-            f"evaluate {run.name} and {first.name}: {task} was asked in another way (shots, prompt); {_AGAIN}"
-        )
+        return f"asked in another way (shots, prompt) in {run.name} than in {first.name}"
     return ordered
 
 

@@ -1,11 +1,11 @@
 """The texts of all items that an evaluation asks, for the search for them in training text.
 
 An item's text is what is particular to it: its question as the task words it, without the words that all of the task's
-questions begin or end with, and its right answer. All items of a task are taken, whatever `evaluate.items` says.
+questions begin or end with, and its right answer; of a generated puzzle, see `puzzle_texts`. All items of a task are
+taken, whatever `evaluate.items` says.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from headrace.corpus.contamination import Item
 from headrace.evaluation.harness import quiet
 from headrace.evaluation.hub_tasks import ROOT, LoadedTask, load
 from headrace.evaluation.items import texts_of
+from headrace.evaluation.puzzle_texts import shared_ends
 
 
 def item_texts(config: EvaluateConfig, root: Path = ROOT) -> tuple[list[Item], dict[str, str]]:
@@ -25,8 +26,7 @@ def item_texts(config: EvaluateConfig, root: Path = ROOT) -> tuple[list[Item], d
     items = [Item(id_, text) for task in config.tasks for id_, text in texts_of(task)]
     with quiet():
         items += _harness_items(loaded)
-    present = {item.id.partition("/")[0] for item in items}
-    return items, {**{task: "made from a seed" for task in config.tasks if task not in present}, **absent}
+    return items, absent
 
 
 def _harness_items(loaded: Sequence[LoadedTask]) -> Iterator[Item]:
@@ -62,11 +62,5 @@ def _without_what_all_say(questions: Sequence[Sequence[str]]) -> list[str]:
     """Each question without the words that all of a task's questions begin and end with: they are its template."""
     if len(questions) < 2:
         return [" ".join(words) for words in questions]
-    begin = _alike(questions)
-    end = _alike([words[begin:][::-1] for words in questions])
+    begin, end = shared_ends(questions)
     return [" ".join(words[begin : len(words) - end]) for words in questions]
-
-
-def _alike(questions: Sequence[Sequence[str]]) -> int:
-    """How many words all questions begin with."""
-    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*questions, strict=False)))

@@ -26,6 +26,7 @@ from typing import Any
 
 from headrace.artifacts.files import hash_bytes, write_atomic
 from headrace.errors import UserError
+from headrace.evaluation.puzzle_texts import puzzle_texts
 
 Item = dict[str, Any]
 
@@ -110,10 +111,16 @@ def check_names(tasks: tuple[str, ...]) -> None:
 
 
 def texts_of(task: str) -> Iterator[tuple[str, str]]:
-    """(id, text) of every item of a task that training text must not contain; puzzles made from a seed have none."""
+    """(id, text) of every item of a task that training text must not contain; none of a task that is not known here.
+
+    Raises `UserError` as `take` does: a puzzle's text depends on the words that all of its generator's begin with.
+    """
     if task == "humaneval_likelihood":
         for item in humaneval():
             yield f"{task}/{item['id']}", item["prompt"] + item["solution"]
+    elif task == "reasoning_gym":
+        for id_, text in puzzle_texts(_as_pinned(task, SOURCES[task])):
+            yield f"{task}/{id_}", text
 
 
 def write(path: Path, items: list[Item]) -> str:

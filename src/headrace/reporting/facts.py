@@ -119,8 +119,12 @@ class Training:
     tokens_per_second: float
     mfu: float | None  # model FLOPs over the GEMM peak measured at start, 0..1
     gemm_peak_flops: float | None  # FLOP/s
-    loss_train: float  # nats per token, at the end
-    loss_validation: float | None
+    loss_train: float  # nats per token, the mean of the last logged steps
+    loss_train_steps: int  # how many they are, and their tokens
+    loss_train_tokens: int
+    loss_validation: float | None  # nats per token, at the end
+    validation_rows: int  # what it was measured on, and the length of each in tokens
+    validation_length: int
     skipped_steps: int  # steps whose loss or gradient was not finite
     curves: Mapping[str, tuple[Point, ...]]  # keys: CURVES
     plan: Plan
@@ -135,10 +139,15 @@ CURVES = ("train", "validation", "mtp", "gradient_norm", "tokens_per_second", "m
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another model on the same text; `difference`: ours minus this, paired by document; below 0 ours is better."""
+    """Another model on the same text; `difference`: ours minus this, paired by document; below 0 ours is better.
+
+    `low` and `high`: its own interval over documents. A compressor of the whole text has neither pairs nor interval.
+    """
 
     value: float
     difference: Estimate | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,7 @@ class Agreement:
     compared: str  # "in memory / reloaded checkpoint"
     tokens: int
     mean: float
+    shift: Estimate  # the second's log-probability minus the first's: its mean, with an interval over rows
     largest: float
     identical: bool  # bit for bit
     limit: float | None  # the fail line for `largest`; None where nothing is required
@@ -234,7 +244,7 @@ class Comparison:
     rows: tuple[ComparedRow, ...]
     adjusted: str  # "Holm over 12 differences"
     power: float  # 0..1
-    left_out: tuple[str, ...]  # figures that not all runs have
+    left_out: tuple[str, ...]  # figures that not all runs have on the same items, and why
     source: str  # the file behind it
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -30,10 +30,13 @@ class Figure:
     columns: tuple[str, ...] = ()
     numbers: tuple[tuple[str, ...], ...] = ()
     numbers_label: str = "First, lowest, highest and last value of each series"
+    made_by: str = ""  # the command, where it is not that of the one stage whose file `source` is
 
     @property
     def command(self) -> str:
         """What makes the file behind it, in short; the end of the page has it in full."""
+        if self.made_by:
+            return self.made_by
         found = re.match(r"([a-z_]+)/[0-9a-f]{12}/", self.source)
         return f"snakemake {found[1]}" if found else ""
 
@@ -51,7 +54,8 @@ def dag_figure(facts: ReportFacts) -> Figure:
         f"The {len(facts.stages)} stages in running order, their fingerprints, what each made and how long it took "
         f"({duration(total)} together); strong lines are direct inputs, thin ones are read as well."
     )
-    return twice(lambda width: draw_dag(facts.stages, width), caption, "stage.json and manifest.json of each stage")
+    figure = twice(lambda width: draw_dag(facts.stages, width), caption, "stage.json and manifest.json of each stage")
+    return replace(figure, made_by=facts.command)
 
 
 def loss_figure(training: Training, source: str) -> Figure | None:
@@ -127,7 +131,8 @@ def standing_figure(score: BitsPerByte, source: str) -> Figure:
                          rows, names)  # fmt: skip
     caption = (
         f"Bits per byte on {exact(score.documents)} held-out documents: the model with its 95 % interval "
-        "(bootstrap over documents) among models estimated on the same training text, and the compressor xz."
+        "(bootstrap over documents) among models estimated on the same training text, and the compressor xz, whose "
+        "figure is one number over all the text."
     )
     return twice(lambda width: draw_whiskers(chart, width), caption, source)
 

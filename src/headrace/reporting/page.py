@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from headrace.artifacts.files import write_atomic
 from headrace.reporting import comparison, data, figures, layout, precision, quantities, recipe, reliability
-from headrace.reporting.facts import BitsPerByte, Comparison, PrecisionStudy, ReportFacts
+from headrace.reporting.facts import BitsPerByte, Comparison, Estimate, PrecisionStudy, ReportFacts
+from headrace.reporting.quantities import plain
 
 _HERE = Path(__file__).parent
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
@@ -78,6 +79,7 @@ def _template(name: str) -> jinja2.Template:
         visible=visible, written=_written,
     )  # fmt: skip
     environment.globals["interval"] = _unbroken(quantities.interval)
+    environment.globals["shift"] = _unbroken(_shift)
     return environment.get_template(name)
 
 
@@ -144,6 +146,7 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         "commands": _commands(facts),
         "baselines": _baseline_names(facts),
         "paired": (paired := _paired_names(facts)),
+        "unpaired": [name for name in _baseline_names(facts) if name not in paired],
         "paired_columns": [(f"minus {name}", True) for name in paired],
         "baseline_columns": [(name, True) for name in _baseline_names(facts)],
         "groups": {name: _yaml(tree) for name, tree in facts.config.items()},
@@ -165,6 +168,12 @@ def _paired_names(facts: ReportFacts) -> list[str]:
     """Baselines that were compared document by document."""
     scores = facts.evaluation.bits_per_byte if facts.evaluation else ()
     return list(dict.fromkeys(name for score in scores for name, other in score.baselines.items() if other.difference))
+
+
+def _shift(value: Estimate) -> str:
+    """In as many digits as it is certain to: shifts are of the order of 1e-8 as well as of 0.01."""
+    bounds = "" if value.low is None or value.high is None else f" [{plain(value.low, 2)}, {plain(value.high, 2)}]"
+    return plain(value.value, 2) + bounds
 
 
 def _unbroken(write: Callable[..., str]) -> Callable[..., str]:

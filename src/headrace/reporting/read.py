@@ -25,6 +25,7 @@ from headrace.reporting.facts import (
     Evaluation,
     ExpertLoad,
     PipelineStep,
+    Plan,
     Point,
     PrecisionStudy,
     Sample,
@@ -58,6 +59,8 @@ _REMARKABLE = {
     "corruptions": "silent corruptions found",
     "saves_failed": "saves that failed",
 }
+_LOSS_ROWS = 10
+"""Logged steps that the training loss of training.json is the mean of (`training.trainer.RECENT_ROWS`)."""
 _MODEL, _BASELINES = "model", ("unigram", "bigram", "trigram", "xz -9")
 
 
@@ -88,6 +91,8 @@ def read_training(pretrain: Path, model: ModelConfig) -> Training:
     counted = count(model)
     facts = read_json(pretrain / "training.json")
     rows = _read_lines(pretrain / "metrics.jsonl")
+    plan = read_plan(pretrain / DATA)
+    averaged = [row for row in rows if "loss" in row][-_LOSS_ROWS:]
     return Training(
         parameters=counted.total,
         parameters_activated=counted.activated,
@@ -99,10 +104,14 @@ def read_training(pretrain: Path, model: ModelConfig) -> Training:
         mfu=facts["mfu"],
         gemm_peak_flops=facts["gemm_peak_flops"],
         loss_train=facts["loss"],
+        loss_train_steps=len(averaged),
+        loss_train_tokens=sum(int(row["sequences"]) * _length_at(plan, int(row["step"])) for row in averaged),
         loss_validation=facts["validation_loss"],
+        validation_rows=facts["validation_rows"],
+        validation_length=plan.phases[-1].sequence_length,
         skipped_steps=facts["skipped_steps"],
         curves={name: _series(rows, metric) for name, metric in _CURVES.items()},
-        plan=read_plan(pretrain / DATA),
+        plan=plan,
         expert_load=_read_load(pretrain / "expert_load.json", model.num_hidden_layers),
         formats=tuple((row["what"], row["format"]) for row in read_json(pretrain / "formats.json")),
         pipeline_step=_read_timeline(pretrain / "timeline.json", facts["device"]),
@@ -184,6 +193,15 @@ def _series(rows: list[dict[str, Any]], metric: str) -> tuple[Point, ...]:
     return tuple((float(row["tokens"]), float(row[metric])) for row in rows if metric in row)
 
 
+def _length_at(plan: Plan, step: int) -> int:
+    """Tokens of a row of this step, counted from 1."""
+    for phase in plan.phases:
+        if step <= phase.steps:
+            return phase.sequence_length
+        step -= phase.steps
+    return plan.phases[-1].sequence_length
+
+
 def _read_load(path: Path, first_mtp: int) -> ExpertLoad | None:
     """None for a model without experts. Layers are named by index; those from `first_mtp` on are MTP modules."""
     facts = read_json(path)
@@ -247,7 +265,12 @@ def _bits(kind: str, entry: Mapping[str, Any]) -> BitsPerByte:
     """Baselines stand in one order in every report, so that a mark always means the same."""
     models, paired = entry["models"], entry["paired"]
     baselines = {
-        name: Baseline(models[name]["value"], _estimate(paired[name]) if name in paired else None)
+        name: Baseline(
+            models[name]["value"],
+            _estimate(paired[name]) if name in paired else None,
+            models[name]["low"],
+            models[name]["high"],
+        )
         for name in sorted(models, key=_baseline_order)
         if name != _MODEL
     }
@@ -276,6 +299,7 @@ def _agreement(entry: Mapping[str, Any]) -> Agreement:
         compared=entry["compared"],
         tokens=entry["tokens"],
         mean=entry["mean"],
+        shift=_estimate(entry["shift"]),
         largest=entry["largest"],
         identical=entry["identical"],
         limit=entry["line"],

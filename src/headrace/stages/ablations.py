@@ -7,6 +7,9 @@ MTP or none (report, section 4.5.1), balancing by bias or by an auxiliary loss (
 AdamW: each is `conf/experiment/ablations_<name>.yaml`, which differs from `ablations` by that alone; text, rows, seeds,
 budget and items are the same. Stages that are finished are passed over, so a stop costs what was at work. What follows
 is `compare` of the five, whatever it finds.
+
+`experiment=ablations` names the baseline among them and may be said here, too; without this program, as in
+`snakemake --config experiment=ablations`, it is a run like any other and trains the baseline alone.
 """
 
 import subprocess
@@ -28,10 +31,13 @@ EXPERIMENTS = (BASELINE, *(f"{BASELINE}_{name}" for name in ("no_mtp", "aux_loss
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and compare all of them; other words are Hydra overrides of each. Returns the first failing exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != f"experiment={BASELINE}"]
     try:
         if named := [word for word in words if word.startswith("experiment=")]:
-            raise UserError(f"{named[0]}: the ablations are experiments of their own; change values instead")
+            raise UserError(
+                f"{named[0]}: `snakemake ablations` trains experiments of its own ({', '.join(EXPERIMENTS)}); leave it "
+                'out, and change values by set="key=value"'
+            )
         for experiment in EXPERIMENTS:
             if code := _evaluated([f"experiment={experiment}", *words]):
                 return code
