@@ -1,15 +1,19 @@
-"""Facts and small model folders for the publication tests."""
+"""Facts, small model folders and interrupted pushes for the publication tests."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from headrace.errors import UserError
 from headrace.publication.facts import CardFacts, DataSource, Measurement
+from loopback_hub import CUT, LOST, LoopbackHub
 
 FINGERPRINT = "0123456789ab"
+FAULTS = [401, 403, 412, 429, 500, CUT, LOST]  # each at every request of a push
 
 
 def card_facts(**changes: object) -> CardFacts:
@@ -46,7 +50,7 @@ def card_facts(**changes: object) -> CardFacts:
 
 def model_folder(folder: Path, shards: int = 2, value: float = 1.0) -> Path:
     """What a convert stage leaves, in small: real safetensors, the JSON files, and the artifact's own manifest."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     weight_map = {}
     for number in range(1, shards + 1):
         name = f"model-{number:05d}-of-{shards:06d}.safetensors"
@@ -69,3 +73,27 @@ def model_folder(folder: Path, shards: int = 2, value: float = 1.0) -> Path:
 
 def local_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def emptied(hub: LoopbackHub) -> None:
+    """The Hub as it began."""
+    hub.repositories.clear()
+    hub.objects.clear()
+
+
+def failing(hub: LoopbackHub, publish: Callable[[], object], fault: int | str, at: int) -> Exception | None:
+    """What the push raised whose request `at` met the fault; only what a user can act upon may be raised."""
+    hub.requests.clear()
+    hub.fail("*", "", fault, at=at)
+    try:
+        publish()
+    except (UserError, ConnectionError) as error:
+        assert len(str(error).splitlines()) == 1
+        if fault == 403:
+            assert isinstance(error, UserError), hub.requests[at - 1]
+        return error
+    finally:
+        hub.unfail()
+        if fault == 403 and len(hub.requests) >= at:
+            assert hub.requests[at - 1] not in hub.requests[at:], "asked again"
+    return None

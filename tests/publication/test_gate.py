@@ -114,6 +114,51 @@ def test_secrets_are_refused_by_line_and_never_repeated(tree, name, secret):
     assert secret not in message and "s3cret" not in message
 
 
+TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7cF0iL"
+ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in TOKEN)
+
+
+def header(tree, text):
+    """The first shard with another header before the same data."""
+    path = tree / "model-00001-of-000002.safetensors"
+    data = path.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[size:])
+    return path.name
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [
+        (f'{{"note": "{TOKEN}"}}', "layer.1.weight"),
+        (f'{{"{TOKEN}": ""}}', "layer.1.weight"),
+        (f'{{"note": "{ESCAPED}"}}', "layer.1.weight"),
+        (f'{{"note": "{ESCAPED}", "note": "x"}}', "layer.1.weight"),
+        ('{"password": "aB3dE6gH9jK2"}', "layer.1.weight"),
+        ('{"note": "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7cF0iLuR5t"}', "layer.1.weight"),
+        ('{"format": "pt"}', f"layer.{TOKEN}.weight"),
+    ],
+)
+def test_secrets_in_the_header_of_weights_are_refused_and_never_repeated(tree, metadata, name):
+    entry = '{"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 16384]}'
+    shard = header(tree, f'{{"__metadata__": {metadata}, "{name}": {entry}}}')
+    message = refused(tree, shard, "of the text in its header holds")
+    assert TOKEN not in message and "aB3dE6" not in message
+
+
+def test_metadata_twice_hides_nothing(tree):
+    entry = '"layer.1.weight": {"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 16384]}'
+    refused(tree, header(tree, f'{{"__metadata__": {{"a": "{TOKEN}"}}, {entry}, "__metadata__": {{"a": "b"}}}}'))
+
+
+def test_a_header_without_secrets_passes(tree):
+    entry = '{"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 16384]}'
+    digest = "d0" * 32
+    name = "model.layers.11.mlp.experts.255.down_proj.weight_scale_inv"
+    header(tree, f'{{"__metadata__": {{"format": "pt", "sha256": "{digest}"}}, "{name}": {entry}}}')
+    assert "model-00001-of-000002.safetensors" in inspect(tree)
+
+
 def test_random_words_are_refused_and_common_ones_are_not(tree):
     generator = random.Random(5)
     letters = string.ascii_letters + string.digits

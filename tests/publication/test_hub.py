@@ -212,13 +212,6 @@ def test_a_tree_that_was_changed_after_it_was_built_is_refused(hub, tmp_path):
     assert hub.requests == []
 
 
-def test_a_tag_on_another_commit_is_not_moved(hub, tmp_path):
-    first = publish(hub, tree(tmp_path / "a"))
-    with pytest.raises(UserError, match="tag"):
-        publish(hub, tree(tmp_path / "b", value=3.0))
-    assert hub.repositories[_REPO].tags == {FINGERPRINT: first.commit}
-
-
 def test_an_unreachable_hub_is_one_line(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(

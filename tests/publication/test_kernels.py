@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +24,7 @@ from headrace.errors import UserError
 from headrace.publication.hub import KERNEL, Publication, push
 from headrace.publication.kernels import KernelRepository, build_kernel_repositories, inspect, sources
 from project import ROOT
-from publication.publication_fixtures import local_files
+from publication.publication_fixtures import FAULTS, emptied, failing, local_files
 
 KERNELS_INSTALLED = any(one.metadata["Name"] == "kernels" for one in importlib.metadata.distributions())
 LOADABLE = ("headrace-fp8-quantisation", "headrace-fp8-gemm", "headrace-moe-routing")
@@ -266,16 +267,57 @@ def test_new_source_is_a_new_commit_old_source_another_and_what_the_builder_uplo
     assert remote.tags == {first.fingerprint: tagged, second.fingerprint: done.commit}
 
 
-@uploads
-@pytest.mark.parametrize("request_", ["/repos/create", "/branch/", "/commit/", "/tag/"])
-def test_a_push_that_failed_is_ended_by_the_next(hub, repositories, request_):
-    one = repositories["headrace-moe-routing"]
-    hub.fail("POST", request_, 500)
-    with pytest.raises(ConnectionError, match=r"^publish\.kernels: me/headrace-moe-routing: [^\n]*500[^\n]*$"):
-        push_kernel(hub, one)
-    done = push_kernel(hub, one)
+def held(hub, revision: str) -> dict[str, bytes]:
     remote = hub.repositories["kernels/me/headrace-moe-routing"]
-    assert remote.messages == ["initial", "Kernel"] and remote.tags == {one.fingerprint: done.commit}
+    files = remote.commits[remote.resolve(revision)]
+    return {path: blob.data for path, blob in files.items() if path != ".gitattributes"}
+
+
+@uploads
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_push_that_is_cut_off_at_any_request_is_ended_by_the_next(fault, hub, repositories, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    one = repositories["headrace-moe-routing"]
+    expected, name = local_files(one.folder), "kernels/me/headrace-moe-routing"
+    for at in range(1, 100):
+        emptied(hub)
+        error = failing(hub, lambda: push_kernel(hub, one), fault, at)
+        if len(hub.requests) < at:
+            assert error is None
+            break
+        assert error is None or str(error).startswith("publish.kernels: me/headrace-moe-routing: ")
+        assert error is not None or fault != 403, hub.requests[at - 1]
+        if remote := hub.repositories.get(name):
+            assert remote.private and held(hub, "main") == {}
+            assert "v1" not in remote.branches or held(hub, "v1") in ({}, expected)
+            assert all(held(hub, tag) == expected for tag in remote.tags)
+        done = push_kernel(hub, one)
+        assert held(hub, "v1") == held(hub, one.fingerprint) == expected
+        assert hub.repositories[name].messages == ["initial", "Kernel"]
+        assert hub.repositories[name].tags == {one.fingerprint: done.commit}
+    assert at > 8, "a push asks for more than that"
+
+
+@uploads
+@pytest.mark.parametrize("fault", FAULTS)
+def test_new_source_that_is_cut_off_leaves_the_old_one_whole(fault, hub, repositories, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    first, package = repositories["headrace-moe-routing"], copy_of("moe_routing", tmp_path)
+    routing = package / "torch-ext" / "headrace_moe_routing" / "routing.py"
+    routing.write_text(routing.read_text() + "\n")
+    (second,) = build_kernel_repositories(tmp_path / "out", "me", [package])
+    old, new = local_files(first.folder), local_files(second.folder)
+    push_kernel(hub, first)
+    kept = deepcopy(hub.repositories), dict(hub.objects)
+    for at in range(1, 100):
+        hub.repositories, hub.objects = deepcopy(kept[0]), dict(kept[1])
+        failing(hub, lambda: push_kernel(hub, second), fault, at)
+        if len(hub.requests) < at:
+            break
+        assert held(hub, first.fingerprint) == old and held(hub, "v1") in (old, new)
+        push_kernel(hub, second)
+        assert held(hub, first.fingerprint) == old and held(hub, "v1") == held(hub, second.fingerprint) == new
+    assert at > 8, "a push asks for more than that"
 
 
 def test_refusals_are_one_line_that_names_the_kernel(hub, repositories, monkeypatch):

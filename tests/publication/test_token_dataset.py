@@ -1,6 +1,7 @@
 """Token shards as a data set repository: the view, the card, one pull request however often the push is cut off."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import datasets
@@ -18,8 +19,7 @@ from headrace.publication.gate import inspect_dataset
 from headrace.publication.hub import DATASET, push
 from headrace.publication.token_dataset import DatasetFacts, build_dataset
 from headrace.tokens.indexed import IndexedWriter
-from loopback_hub import CUT, LOST
-from publication.publication_fixtures import FINGERPRINT, local_files
+from publication.publication_fixtures import FAULTS, FINGERPRINT, emptied, failing, local_files
 
 _REPO = "me/tokens"
 _REMOTE = f"datasets/{_REPO}"
@@ -137,26 +137,39 @@ def test_it_goes_through_one_pull_request_and_is_merged_and_tagged(view, hub, tr
     assert fetched == local_files(tree)
 
 
-@pytest.mark.parametrize("fault", [403, 500, CUT, LOST])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_cut_off_at_any_request_it_goes_on_in_the_same_pull_request(fault, hub, trees):
     tree = trees / "arrow"
     expected = local_files(tree)
     for at in range(1, 100):
-        hub.repositories.clear()
-        hub.objects.clear()
-        hub.requests.clear()
-        hub.fail("*", "", fault, at=at)
-        try:
-            publish(hub, tree)
-        except (UserError, ConnectionError) as error:
-            assert len(str(error).splitlines()) == 1
-        hub.unfail()
+        emptied(hub)
+        error = failing(hub, lambda: publish(hub, tree), fault, at)
         if len(hub.requests) < at:
+            assert error is None
             break
+        assert error is not None or fault != 403, hub.requests[at - 1]
         assert _REMOTE not in hub.repositories or held(hub) in ({}, expected)
         publish(hub, tree)
         assert held(hub) == held(hub, FINGERPRINT) == expected
         assert len(hub.repositories[_REMOTE].pulls) == 1
+    assert at > 20, "a push asks for more than that"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_next_data_set_leaves_the_first_one_whole(fault, hub, trees, tokens, tmp_path):
+    """Other shards under another fingerprint: main and both tags hold whole data, whatever was cut off."""
+    build_dataset(tmp_path / "next", tokens, facts("arrow", fingerprint="ba9876543210"))
+    first, second = (local_files(tree) for tree in (trees / "megatron", tmp_path / "next"))
+    publish(hub, trees / "megatron")
+    kept = deepcopy(hub.repositories), dict(hub.objects)
+    for at in range(1, 100):
+        hub.repositories, hub.objects = deepcopy(kept[0]), dict(kept[1])
+        failing(hub, lambda: publish(hub, tmp_path / "next", most=20), fault, at)
+        if len(hub.requests) < at:
+            break
+        assert held(hub, FINGERPRINT) == first and held(hub) in (first, second)
+        publish(hub, tmp_path / "next", most=20)
+        assert held(hub, FINGERPRINT) == first and held(hub) == held(hub, "ba9876543210") == second
     assert at > 20, "a push asks for more than that"
 
 

@@ -2,8 +2,9 @@
 
 A published model is data: safetensors, JSON, and a card. Scanners for pickles have been bypassed often, so no format
 that can run code is let through at all, and no key of a JSON file that makes a loader run some (`auto_map`,
-`_attn_implementation`). Text is searched for secrets by their look and by entropy; a tokenizer's vocabulary, which is
-full of strange words, only by their look. The first thing that is wrong is refused with the name of its file.
+`_attn_implementation`). Text, also that in the headers of safetensors, is searched for secrets by their look and by
+entropy; a tokenizer's vocabulary, which is full of strange words, only by their look. The first thing that is wrong is
+refused with the name of its file.
 """
 
 import json
@@ -20,7 +21,7 @@ from typing import Any
 import yaml
 
 from headrace.artifacts.files import read_json
-from headrace.artifacts.tensors import open_tensors
+from headrace.artifacts.tensors import MAX_HEADER_BYTES, open_tensors
 from headrace.conversion.hub_config import refuse_unknown_keys
 from headrace.errors import UserError
 from headrace.tracking.redact import find_secrets
@@ -117,7 +118,11 @@ def _check_name(folder: Path, name: str, allowed: tuple[tuple[str, int], ...]) -
 def _check_content(path: Path, name: str) -> None:
     if name.endswith(".safetensors"):
         with open_tensors(path):
-            return
+            pass
+        header = header_text(path)
+        _check_secrets(path, header, "of the text in its header ")
+        _check_entropy(path, header, "of the text in its header ")
+        return
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -136,6 +141,22 @@ def _check_content(path: Path, name: str) -> None:
     if wrong := keys_problem(value, private="config" in name):
         raise _refusal(path, wrong)
     _check_entropy(path, json.dumps(value, ensure_ascii=False))
+
+
+def header_text(path: Path) -> str:
+    """Keys and strings of a safetensors header, metadata and tensor names, a line for each key.
+
+    A key that stands there twice is twice in it: readers keep one of the two, and the other one would go out unseen.
+    """
+    lines: list[str] = []
+
+    def gather(pairs: list[tuple[str, Any]]) -> None:
+        lines.extend(f"{key}: {value}" if isinstance(value, str) else key for key, value in pairs)
+
+    with path.open("rb") as file:  # `open_tensors` has refused a header that is longer than the cap
+        header = file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES))
+    json.loads(header, object_pairs_hook=gather)
+    return "\n".join(lines)
 
 
 def keys_problem(value: Any, private: bool, depth: int = 0) -> str | None:
@@ -160,18 +181,18 @@ def front_matter_problem(text: str) -> str | None:
     return None if isinstance(metadata, dict) else "its metadata is no mapping of keys to values"
 
 
-def _check_secrets(path: Path, text: str) -> None:
+def _check_secrets(path: Path, text: str, of: str = "") -> None:
     for kind, start, _ in find_secrets(text):
         line = text.count("\n", 0, start) + 1
-        raise _refusal(path, f"line {line} holds what looks like {kind}; remove it, and revoke it if it is real")
+        raise _refusal(path, f"line {line} {of}holds what looks like {kind}; remove it, and revoke it if it is real")
 
 
-def _check_entropy(path: Path, text: str) -> None:
+def _check_entropy(path: Path, text: str, of: str = "") -> None:
     for match in _WORD.finditer(text):
         if looks_random(match[0]):
             line = text.count("\n", 0, match.start()) + 1
             raise _refusal(
-                path, f"line {line} holds {len(match[0])} random-looking characters, as a key would; remove them"
+                path, f"line {line} {of}holds {len(match[0])} random-looking characters, as a key would; remove them"
             )
 
 

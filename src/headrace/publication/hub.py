@@ -1,11 +1,15 @@
 """Push a repository's tree to the Hub: one commit on a known parent, compared afterwards, then tagged.
 
     create the repository (private unless told otherwise; the visibility of one that exists is never changed)
+    read its tags, its head, the tree and the manifest that an earlier push left there
+    this fingerprint is there already, whole: nothing to send; its tag stands on something else: refused
     create the branch where a kernel's repository lacks it; a model's is main
-    read its head, its tree and the manifest that an earlier push left there; the same hashes: nothing to commit
     one commit that adds what differs and deletes what the earlier push left and this one lacks
     list the commit's tree and compare every size and hash
     tag the commit with the fingerprint
+
+A fingerprint stands for settings, sources and parents, not for bytes: cards and scores hold wall times. So what is
+compared first is the fingerprint; other bytes under one that is there already are not sent.
 
 Someone else's commit in between makes the Hub refuse ours. A push that was cut off anywhere has published nothing or a
 whole commit; the next one ends it. The token comes from the environment and goes nowhere else.
@@ -63,7 +67,7 @@ class Publication:
     tag: str
     private: bool
     files: tuple[str, ...]
-    changed: bool  # whether this push made a commit
+    changed: bool  # whether this push made a commit; if not, the repository held this fingerprint already
 
 
 def push(
@@ -81,7 +85,8 @@ def push(
     The tree is made by `build_repository` (MODEL) or `build_kernel_repositories` (KERNEL). The token is HF_TOKEN, or
     what `hf auth login` stored. `endpoint` is the Hub's address (default: HF_ENDPOINT).
     Raises `UserError` without a token, when the Hub refuses (401, 403, a commit in between), when the repository is
-    public and `private` is asked for, or when it holds another's files; `ConnectionError` when the Hub fails.
+    public and `private` is asked for, when it holds another's files, or when the tag stands on another fingerprint's;
+    `ConnectionError` when the Hub fails.
     """
     names = kind.inspect(folder)
     fingerprint, hashes = _read_verified(folder, names)
@@ -120,6 +125,16 @@ def is_same(path: Path, sha256: str, remote: RepoFile | None) -> bool:
 
 
 @dataclass(frozen=True)
+class _Snapshot:
+    """The repository at a commit, and what the manifest of an earlier push says there; where there is none, nothing."""
+
+    commit: str
+    files: dict[str, RepoFile]
+    fingerprint: str | None
+    told: dict[str, str]  # sha256 by name
+
+
+@dataclass(frozen=True)
 class _Push:
     api: HfApi
     folder: Path
@@ -139,46 +154,91 @@ class _Push:
         info = self.api.repo_info(self.repo_id, repo_type=self.repo_type)
         if private and not info.private:
             self._refuse("is public, and publish.private is true; make it private there, or set publish.private=false")
-        head = self._head()
-        remote = self._tree(head)
-        wanted = [name for name in self.hashes if not self._is_same(name, remote.get(name))]
-        stale = sorted((self._earlier(head, remote) & remote.keys()) - self.hashes.keys())
-        changed = bool(wanted or stale)
-        if not changed:
-            commit = head
-        elif self.kind.files_per_commit:
-            commit = self._merge(wanted, stale, message, self.kind.files_per_commit)
+        refs = self.api.list_repo_refs(self.repo_id, repo_type=self.repo_type)
+        branches, tags = ({ref.name: ref.target_commit for ref in found} for found in (refs.branches, refs.tags))
+        head = self._snapshot(branches.get(self.branch, branches["main"]))
+        if MANIFEST not in head.files and (others := sorted(head.files.keys() - _NOT_OURS)):
+            self._refuse(f"holds files that Headrace did not put there ({others[0]}); choose a new or empty repository")
+        held = self._held(head, tags.get(self.fingerprint))
+        if held is not None:
+            commit, names = held.commit, tuple(sorted({*held.told, MANIFEST}))
         else:
-            commit = self._commit(wanted, stale, message, self.branch, parent=head)
-        self._compare(commit)
-        self._tag(commit)
+            if self.branch not in branches:
+                self.api.create_branch(self.repo_id, branch=self.branch, repo_type=self.repo_type, exist_ok=True)
+            commit, names = self._bring(head, message), tuple(self.hashes)
+        if self.fingerprint not in tags:
+            self.api.create_tag(self.repo_id, tag=self.fingerprint, revision=commit, repo_type=self.repo_type)
         url = f"{self.api.endpoint}/{REPO_TYPES_URL_PREFIXES.get(self.repo_type, '')}{self.repo_id}"
-        files = tuple(self.hashes)
-        return Publication(self.repo_id, url, commit, self.fingerprint, bool(info.private), files, changed)
+        changed = held is None and commit != head.commit
+        return Publication(self.repo_id, url, commit, self.fingerprint, bool(info.private), names, changed)
 
-    def _head(self) -> str:
-        """The branch's newest commit; a branch that is not there begins where main is."""
-        if self.branch != "main":
-            self.api.create_branch(self.repo_id, branch=self.branch, repo_type=self.repo_type, exist_ok=True)
-        info = self.api.repo_info(self.repo_id, repo_type=self.repo_type, revision=self.branch)
-        assert info.sha is not None
-        return info.sha
+    def _snapshot(self, commit: str) -> _Snapshot:
+        files = self._tree(commit)
+        if MANIFEST not in files:
+            return _Snapshot(commit, files, None, {})
+        with self._downloaded(MANIFEST, commit) as path:
+            try:
+                manifest = read_json(path)
+                told = {name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
+                return _Snapshot(commit, files, str(manifest["fingerprint"]), told)
+            except (UserError, LookupError, TypeError, AttributeError):
+                self._refuse(f"holds a {MANIFEST} at {commit} that Headrace did not write; choose a new repository")
 
     def _tree(self, revision: str) -> dict[str, RepoFile]:
         entries = self.api.list_repo_tree(self.repo_id, repo_type=self.repo_type, recursive=True, revision=revision)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
-    def _earlier(self, revision: str, remote: dict[str, RepoFile]) -> set[str]:
-        """The files that an earlier push put into the repository; a repository with another's files is left alone."""
-        if MANIFEST in remote:
-            with tempfile.TemporaryDirectory() as folder:
-                path = self.api.hf_hub_download(
-                    self.repo_id, MANIFEST, repo_type=self.repo_type, revision=revision, local_dir=folder
+    @contextmanager
+    def _downloaded(self, name: str, commit: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(
+                self.api.hf_hub_download(
+                    self.repo_id, name, repo_type=self.repo_type, revision=commit, local_dir=folder
                 )
-                return set(read_json(Path(path))["files"])
-        if others := sorted(remote.keys() - _NOT_OURS):
-            self._refuse(f"holds files that Headrace did not put there ({others[0]}); choose a new or empty repository")
-        return set()
+            )
+
+    def _held(self, head: _Snapshot, tagged: str | None) -> _Snapshot | None:
+        """The commit that holds this fingerprint whole, in other bytes than ours; where there is none, ours may go out.
+
+        Refused is a tag of this fingerprint on anything else: a commit of ours could never get it.
+        """
+        there = head if tagged in (None, head.commit) else self._snapshot(str(tagged))
+        if there.fingerprint == self.fingerprint:
+            if not self._differing(there.files):
+                return None
+            if not self._damaged(there):
+                return there
+        if tagged is not None:
+            self._refuse(f"has a tag {self.fingerprint} on other files; remove the tag on the Hub and publish again")
+        return None
+
+    def _damaged(self, there: _Snapshot) -> str | None:
+        """The first file of a commit that is missing or not as the commit's own manifest describes it."""
+        return next((name for name, sha256 in there.told.items() if self._remote_sha256(there, name) != sha256), None)
+
+    def _remote_sha256(self, there: _Snapshot, name: str) -> str | None:
+        found = there.files.get(name)
+        if found is None:
+            return None
+        if found.lfs is not None:
+            return str(found.lfs.sha256)
+        if name in self.hashes and self._is_same(name, found):
+            return self.hashes[name]
+        with self._downloaded(name, there.commit) as path:  # of a file in git the Hub tells git's hash only
+            return hash_file(path, "sha256").removeprefix("sha256:")
+
+    def _bring(self, head: _Snapshot, message: str) -> str:
+        """The commit that holds our files: the head where it does already, or a new one."""
+        wanted = [name for name in self.hashes if not self._is_same(name, head.files.get(name))]
+        stale = sorted((head.told.keys() & head.files.keys()) - self.hashes.keys())
+        if not wanted and not stale:
+            return head.commit
+        if self.kind.files_per_commit:
+            commit = self._merge(wanted, stale, message, self.kind.files_per_commit)
+        else:
+            commit = self._commit(wanted, stale, message, self.branch, parent=head.commit)
+        self._compare(commit)
+        return commit
 
     def _is_same(self, name: str, remote: RepoFile | None) -> bool:
         return is_same(self.folder / name, self.hashes[name], remote)
@@ -197,7 +257,9 @@ class _Push:
         if pull.status == "draft":
             self.api.change_discussion_status(self.repo_id, pull.num, new_status="open", repo_type=self.repo_type)
         self.api.merge_pull_request(self.repo_id, pull.num, repo_type=self.repo_type)
-        return self._head()
+        info = self.api.repo_info(self.repo_id, repo_type=self.repo_type, revision=self.branch)
+        assert info.sha is not None
+        return info.sha
 
     def _pull_request(self, title: str) -> Discussion:
         """Ours of this title that is not merged, or a new one; on public repositories others may open some too."""
@@ -224,22 +286,12 @@ class _Push:
         return str(done.oid)
 
     def _compare(self, commit: str) -> None:
-        if name := self._differing(commit):
+        if name := self._differing(self._tree(commit)):
             raise ConnectionError(f"{self.repo_id}@{commit}: {name} differs from what was sent; publish again")
 
-    def _differing(self, commit: str) -> str | None:
-        """The first of our files that a commit lacks or holds otherwise."""
-        remote = self._tree(commit)
+    def _differing(self, remote: dict[str, RepoFile]) -> str | None:
+        """The first of our files that a tree on the Hub lacks or holds otherwise."""
         return next((name for name in self.hashes if not self._is_same(name, remote.get(name))), None)
-
-    def _tag(self, commit: str) -> None:
-        """Tag the commit; a tag on an earlier one with the same files, to which others have added theirs, stays."""
-        refs = self.api.list_repo_refs(self.repo_id, repo_type=self.repo_type)
-        tags = {tag.name: tag.target_commit for tag in refs.tags}
-        if self.fingerprint not in tags:
-            self.api.create_tag(self.repo_id, tag=self.fingerprint, revision=commit, repo_type=self.repo_type)
-        elif tags[self.fingerprint] != commit and self._differing(tags[self.fingerprint]):
-            self._refuse(f"has a tag {self.fingerprint} on other files; remove the tag on the Hub and publish again")
 
     def _refuse(self, reason: str) -> NoReturn:
         raise UserError(f"{self.where}: the repository {reason}")

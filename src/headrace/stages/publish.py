@@ -1,18 +1,19 @@
 """publish: the converted model as a repository with card and scores, in a local folder and, where asked, on the Hub.
 
+Without `publish.repo_id` this is a dry run: the exact tree that would go out is written and listed, nothing is sent.
 Where `publish.dataset` names a data set repository, the token shards go there. Where `publish.cache` names one, so do
 the artifacts of all stages before this one, for other machines to fetch (`launch.fetch`) instead of making them.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import read_json, write_json
-from headrace.config.schema import Config
+from headrace.config.schema import Config, PublishConfig
 from headrace.conversion.export import INDEX
 from headrace.conversion.fp8_layout import cuts_blocks, fp8_weights
 from headrace.conversion.hub_config import CONFIG
@@ -41,9 +42,7 @@ def body(run: Run) -> Outcome:
     settings = run.config.publish
     trained = read_json(run.parents["pretrain"].folder / "provenance.json")["code"]
     if (provenance.code_version()["dirty"] or trained["dirty"]) and not settings.allow_dirty:
-        raise UserError(
-            "publish.allow_dirty=false: made from a work tree with uncommitted changes; commit, or allow it"
-        )
+        _refuse_dirty(settings)
     results = run.input("evaluate") / "results.json"
     repository = repository_of(run.output)
     files = build_repository(repository, run.input("convert"), card_facts(run), results=results)
@@ -56,9 +55,13 @@ def body(run: Run) -> Outcome:
         pushed = push(
             repository, settings.repo_id, private=settings.private, message=f"{settings.title} {run.place.fingerprint}"
         )
-        facts = {**asdict(pushed), "files": files}
+        facts = asdict(pushed)
         where = f"{pushed.url} at {pushed.tag}"
+        if not pushed.changed:
+            where += ", which holds this fingerprint already: nothing to do"
         listed = [known | _push_kernel(one, settings.private) for known, one in zip(listed, kernels, strict=True)]
+    else:
+        print_tree(run.output, [repository, *(one.folder for one in kernels)])
     if kernels:
         where += f"; {len(kernels)} kernel repositories of {owner}"
     data = _push_dataset(run, settings.dataset) if settings.dataset else None
@@ -69,6 +72,24 @@ def body(run: Run) -> Outcome:
     size = sum(path.stat().st_size for path in repository.rglob("*") if path.is_file())
     summary = {"repo_id": settings.repo_id, "files": len(files), "bytes": size}
     return Outcome(f"{len(files)} files, {size / 1e6:,.1f} MB, {where}", summary)
+
+
+def _refuse_dirty(settings: PublishConfig) -> None:
+    """What others load names the code that made it; a local folder may be made of anything."""
+    pushes = {"repo_id": settings.repo_id, "dataset": settings.dataset, "cache": settings.cache}
+    if named := next((f"publish.{key}={value}" for key, value in pushes.items() if value), None):
+        raise UserError(
+            f"{named}: the code that made this has uncommitted changes; commit them and run it again, or set "
+            "publish.allow_dirty=true"
+        )
+
+
+def print_tree(output: Path, folders: Sequence[Path]) -> None:
+    """Every file that would go out, with its size in bytes, one to a line, on the terminal."""
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            print(f"  {path.stat().st_size:>15,}  {path.relative_to(output)}", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _push_dataset(run: Run, repo_id: str) -> dict[str, Any]:
