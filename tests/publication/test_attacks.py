@@ -253,6 +253,11 @@ ATTACKS = [
     Attack("code_in_a_folder", write("sub/evil.py", "print()"), ALL),
     Attack("library", write("fast.so", b"\x7fELF"), ALL, "code"),
     Attack("stray_shard", write("other.safetensors", b""), (IMPORT, INCOMING, GATE)),
+    Attack("name_of_no_model", write("payload.dat", b""), ALL),
+    Attack("environment", write(".env", "A=b"), ALL),
+    Attack("settings_below", write("sub/config.json", "{}"), ALL),
+    Attack("weights_below", lambda hub: write("sub/model.safetensors", shard(hub).read_bytes())(hub), ALL),
+    Attack("name_without_a_type", write("run", "text"), ALL),
     Attack("link_to_a_file_outside", linked_config, ALL, "config.json"),
     Attack("link_to_weights_outside", linked_shard, ALL),
     Attack("link_to_a_folder", linked_folder, ALL),
@@ -333,8 +338,41 @@ def test_links_of_the_hubs_cache_pass(original, tmp_path):
 
 def test_a_release_of_deepseek_passes(original, tmp_path):
     hub = shutil.copytree(original, tmp_path / "hub")
-    for name in ("modeling_deepseek.py", "configuration_deepseek.py", "inference/fp8_cast_bf16.py", "figures/niah.png"):
-        write(name, "")(hub)
-    for name in ("LICENSE-CODE", "README_WEIGHTS.md", ".gitattributes", ".git/hooks/post-checkout"):
+    for name in RELEASE:
         write(name, "text")(hub)
     inspect_incoming(hub)
+
+
+RELEASE = (  # beside config, weights and tokenizer, in DeepSeek's releases, a clone and a download
+    "modeling_deepseek.py", "configuration_deepseek.py", "LICENSE", "LICENSE-CODE", "LICENSE-MODEL",
+    "README_WEIGHTS.md",
+    ".gitattributes", "figures/benchmark.png", "figures/niah.png", "figures/benchmark.jpg", "inference/convert.py",
+    "inference/fp8_cast_bf16.py", "inference/generate.py", "inference/kernel.py", "inference/model.py",
+    "inference/requirements.txt", "inference/configs/config_16B.json", "inference/configs/config_236B.json",
+    "inference/configs/config_671B.json", "assets/chat_template.jinja", "assets/code_agent_trajectory.html",
+    ".git/hooks/post-checkout", ".cache/huggingface/download/config.json.metadata",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASE)
+def test_each_file_of_a_release_is_known(name, original, tmp_path):
+    hub = shutil.copytree(original, tmp_path / "hub")
+    write(name, "text")(hub)
+    inspect_incoming(hub)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.model", "added_tokens.json", "vocab.json", "NOTICE"]
+)
+def test_what_repositories_hold_beside_the_model_is_passed_over(name, original, tmp_path):
+    hub = shutil.copytree(original, tmp_path / "hub")
+    write(name, "text")(hub)
+    inspect_incoming(hub)
+
+
+def test_what_publish_makes_comes_in(original, tmp_path):
+    model = shutil.copytree(original, tmp_path / "model")
+    (model / "README.md").unlink()
+    build_repository(tmp_path / "tree", model, card_facts())
+    assert (tmp_path / "tree" / ".eval_results").is_dir()
+    inspect_incoming(tmp_path / "tree")

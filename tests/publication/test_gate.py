@@ -35,7 +35,7 @@ def refused(tree, *parts):
 def test_a_clean_tree_passes_and_is_listed(tree):
     assert inspect(tree) == sorted(path.name for path in tree.iterdir())
     (tree / ".eval_results").mkdir()
-    (tree / ".eval_results" / "a.yaml").write_text("- value: 1\n")
+    (tree / ".eval_results" / "a.yaml").write_text("- dataset: {id: me/data, task_id: a}\n  value: 1\n")
     assert inspect(tree)[0] == ".eval_results/a.yaml"
 
 

@@ -18,12 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from headrace.artifacts.files import read_json
 from headrace.artifacts.tensors import MAX_HEADER_BYTES, open_tensors
 from headrace.conversion.hub_config import refuse_unknown_keys
 from headrace.errors import UserError
+from headrace.publication.card_checks import card_problem, eval_results_problem
 from headrace.tracking.redact import find_secrets
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -46,16 +45,6 @@ LOADER_KEYS = {"auto_map", "trust_remote_code", "custom_pipelines"}
 _WORD = re.compile(r"[A-Za-z0-9+=_-]{32,}")
 _MIN_ENTROPY = 4.3  # bits per character; 32 random letters and digits have about 4.6
 _MIN_CHANGES = 0.42  # share of neighbours of different kind; random letters and digits 0.62, words stuck together 0.35
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Without aliases: a few lines of them, merged into each other, grow beyond all memory."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse a node that stands for another one."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
 
 
 def inspect(folder: Path) -> list[str]:
@@ -130,7 +119,10 @@ def _check_content(path: Path, name: str) -> None:
     _check_secrets(path, text)
     if not name.endswith(".json"):
         _check_entropy(path, text)
-        if name == "README.md" and (wrong := front_matter_problem(text)):
+        wrong = card_problem(text) if name == "README.md" else None
+        if name.endswith(".yaml"):
+            wrong = eval_results_problem(text)
+        if wrong:
             raise _refusal(path, wrong)
         return
     value = read_json(path)
@@ -169,16 +161,6 @@ def keys_problem(value: Any, private: bool, depth: int = 0) -> str | None:
             return f"holds the key {key!r}, which loaders act upon; remove it"
     found = (keys_problem(item, private, depth + 1) for item in items if isinstance(item, dict | list))
     return next((wrong for wrong in found if wrong), None)
-
-
-def front_matter_problem(text: str) -> str | None:
-    """What is wrong with the metadata at the head of a card; it may have none."""
-    found = re.match(r"---\r?\n(.*?)^---\s*$", text, re.DOTALL | re.MULTILINE)
-    try:
-        metadata = _PlainLoader(found[1]).get_single_data() if found else {}
-    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
-        return f"its metadata is no plain YAML ({type(error).__name__}); correct what stands between the --- lines"
-    return None if isinstance(metadata, dict) else "its metadata is no mapping of keys to values"
 
 
 def _check_secrets(path: Path, text: str, of: str = "") -> None:

@@ -31,7 +31,7 @@ from typing import NoReturn
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, get_token
 from huggingface_hub.constants import REPO_TYPE_DATASET, REPO_TYPE_KERNEL, REPO_TYPE_MODEL, REPO_TYPES_URL_PREFIXES
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import BadRequestError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from headrace.artifacts.files import hash_file, read_json
@@ -311,6 +311,8 @@ def _explain(error: BaseException, where: str, endpoint: str) -> NoReturn:
     """Raise what the user can act upon; uploads wrap the Hub's answer in other exceptions."""
     causes = list(_causes(error))
     answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if isinstance(error, ValueError) and isinstance(answer, BadRequestError):  # the client's check of README.md
+        raise UserError(f"{where}: the Hub does not take the card ({' '.join(str(error).split())})") from None
     if answer is None:
         if lost := next((cause for cause in causes if isinstance(cause, httpx2.TransportError)), None):
             raise ConnectionError(f"{where}: cannot reach {endpoint} ({lost}); publish again") from error

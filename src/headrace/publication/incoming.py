@@ -6,8 +6,9 @@ that lead out of it, files that block whoever opens them, archives and pickles u
 else on another system or in a terminal, tokenizers and cards that ask for code, dimensions that would fill the memory.
 Nothing is followed, unpacked or loaded, and nothing is written.
 
-Two things look odd and are fine: the Hub's cache keeps files as links to its blobs, and DeepSeek's own releases carry
-code, which is passed over by name.
+Names are on a closed list: what is read, and what repositories of models hold beside it and nobody here reads (text,
+pictures, settings of other tools). Two things look odd and are fine: the Hub's cache keeps files as links to its blobs,
+and DeepSeek's own releases carry code, which is passed over by name.
 """
 
 import os
@@ -20,12 +21,21 @@ from typing import Any
 from headrace.artifacts.files import read_json
 from headrace.artifacts.tensors import open_tensors
 from headrace.errors import UserError
-from headrace.publication.gate import CODE, MIB, front_matter_problem, keys_problem
+from headrace.publication.card_checks import front_matter_problem
+from headrace.publication.gate import CODE, MIB, keys_problem
 
 _NAME = re.compile(r"\.?[\w][\w .+()@=-]*(?<![ .])", re.ASCII)
 _MAX_FILES, _MAX_DEPTH = 10_000, 8
 _UNREAD = {".git", ".cache"}  # beside the files of a clone and of a download; nothing looks into them
 _RELEASED = re.compile(r"(?:configuration|modeling)_deepseek\.py|inference/\w+\.py")
+_KNOWN = (
+    r"[\w.-]+\.(?:safetensors|json)",  # of JSON only what `_TEXT` names is read
+    r"(?:LICEN[SC]E|NOTICE|COPYING|README|USE_POLICY)[\w.-]*|[\w-]+\.model|\.gitattributes|\.gitignore",
+    r"(?:[\w -]+/)*[\w .+()@=-]+\.(?:md|rst|txt|jinja|cff|html|pdf|png|jpe?g|gif|svg|webp)",
+    r"inference/(?:configs/)?[\w.-]+\.json|\.eval_results/[\w.-]+\.yaml",
+    _RELEASED.pattern,
+)
+_LISTED = re.compile("|".join(_KNOWN), re.ASCII | re.IGNORECASE)
 _ARCHIVES = (
     ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".whl", ".egg", ".jar", ".h5", ".keras",
     ".gguf", ".msgpack", ".onnx", ".exe", ".dll", ".dylib", ".bat", ".ps1",
@@ -51,6 +61,8 @@ def inspect_incoming(folder: Path) -> None:
             raise _refusal(
                 path, "is an archive or could hold code; remove it, only safetensors, JSON and text are read"
             )
+        if not _LISTED.fullmatch(name):
+            raise _refusal(path, "has a name that no file of a model's repository has; remove it")
         if name.endswith(".safetensors"):
             with open_tensors(path):
                 pass

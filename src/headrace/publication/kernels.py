@@ -28,6 +28,7 @@ from typing import Any
 
 from headrace.artifacts.files import write_atomic
 from headrace.errors import UserError
+from headrace.publication.card_checks import card_problem
 from headrace.publication.gate import looks_random
 from headrace.publication.repository import MANIFEST
 from headrace.tracking.redact import find_secrets
@@ -155,6 +156,8 @@ def _check(path: Path, name: str) -> None:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: publish: is not UTF-8 text") from None
+    if name == "README.md" and (wrong := card_problem(text)):
+        raise UserError(f"{path}: publish: {wrong}")
     for kind, start, _ in find_secrets(text):
         line = text.count("\n", 0, start) + 1
         raise UserError(

@@ -52,7 +52,7 @@ STAGES: tuple[Stage, ...] = (
         "report",
         keys=(),
         parents=("corpus", "tokenizer", "tokenize", "pretrain", "convert", "evaluate", "publish"),
-        version=4,
+        version=5,
     ),
 )
 
