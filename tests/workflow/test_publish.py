@@ -30,7 +30,9 @@ def test_a_pushed_model_is_private_tagged_and_loads_from_the_hub_with_equal_logi
     project = copy_of(tiny, tmp_path / "project", STAGES[:-2])
     with LoopbackHub() as hub:
         environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home")}
-        publish = project.command("publish", settings="publish.repo_id=me/tiny publish.kernels=me")
+        publish = project.command(
+            "publish", settings="publish.repo_id=me/tiny publish.kernels=me publish.allow_dirty=true"
+        )
         result = subprocess.run(publish, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
         assert result.returncode == 0, result.stderr
         published = json.loads((project.place("publish") / "artifact" / "publication.json").read_text())

@@ -286,7 +286,7 @@ class PublishConfig:
     cache: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # data set repository for the run's artifacts
     license: str  # an SPDX identifier or 'other', for the model card
     title: str
-    allow_dirty: bool  # publish from a work tree with uncommitted changes
+    allow_dirty: bool  # push what code with uncommitted changes has made
 
 
 @dataclass(frozen=True)
