@@ -124,7 +124,7 @@ def test_the_same_text_cut_otherwise_is_not_the_same_item(world: World, tmp_path
         runs.append(EvaluatedRun(str(length), results, lines_of(tmp_path)))
     sizes = [sum(entry["bytes"] for entry in run.entries) for run in runs]
     assert sizes[0] == sizes[1]
-    with pytest.raises(UserError, match="nothing to compare: bits_per_byte.*: other items in"):
+    with pytest.raises(UserError, match=r"nothing to compare: bits_per_byte.*: other items in"):
         compare(runs, 50)
 
 

@@ -131,12 +131,12 @@ def test_a_full_disk_stops_no_training_and_lists_no_part(small_disk: Product, un
 def test_where_the_last_save_finds_no_room_the_run_stops_cleanly(small_disk: Product, undisturbed: Product) -> None:
     product = small_disk.taking_up(undisturbed, 12)
     stage = product.start()
-    stage.until_step(15)
+    stage.until_step(17)  # the fifth, of which the timeline is written
     ballast = fill(product.folder, 0)
     assert stage.wait() == 2, stage.said
     assert "disk is full" in stage.said.strip().splitlines()[-1]
     nothing_partial_is_listed(product, undisturbed)
-    assert not list(product.checkpoints.glob(".unfinished-*"))
+    assert not list(product.checkpoints.glob(".unfinished-*")), stage.said
     check_nothing_is_left(product)
     ballast.unlink()
     ends_like(product, product.start(), undisturbed)

@@ -1,13 +1,12 @@
 """SIGKILL at random moments, of a rank, of the stage's own process, in the middle of a save: nothing of it is left."""
 
-from pathlib import Path
-
 import pytest
 
 from faults.conftest import Fresh
 from faults.kills import Kill, fought, percentile
 from faults.product import EXTENDED, STEP_TOKENS, Product
 
+KILLS = 25
 RECOVERY_SECONDS = 20.0
 
 
@@ -23,29 +22,22 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(fresh: Fresh, undistur
     assert product.differences(undisturbed) == []
 
 
-@pytest.mark.parametrize(
-    ("at_least", "last_step"),
-    [
-        pytest.param(10, 40, marks=pytest.mark.faults),
-        pytest.param(25, 110, marks=[pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]),
-    ],
-)
-def test_kills_cost_no_bit_and_recoveries_are_quick(
-    fresh: Fresh, tmp_path: Path, at_least: int, last_step: int
-) -> None:
-    longer = (EXTENDED, f"recipe.tokens={STEP_TOKENS * last_step}")
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+def test_25_kills_cost_no_bit_and_recoveries_are_quick(fresh: Fresh) -> None:
+    longer = (EXTENDED, f"recipe.tokens={STEP_TOKENS * 90}")
     undisturbed = fresh(*longer)
     stage = undisturbed.run()
     assert stage.code == 0, stage.said
     kills: list[Kill] = []
-    while len(kills) < at_least:
+    while len(kills) < KILLS:
         # Every second run removes old checkpoints as it goes, so that kills come into that too.
         keep = 2 if len(kills) % 2 else 1000
         product = fresh(*longer, f"checkpoint.keep={keep}", "checkpoint.interval=2")
-        kills += fought(product, undisturbed, seed=25, numbers=range(len(kills), at_least)).kills
+        kills += fought(product, undisturbed, seed=25, numbers=range(len(kills), KILLS)).kills
         assert product.differences(undisturbed) == [], kills
     recoveries = [kill.recovery for kill in kills if kill.recovery is not None]
     half, most = percentile(recoveries, 0.5), percentile(recoveries, 0.95)
     print(f"{len(kills)} kills, {len(recoveries)} recoveries: p50 {half:.1f} s, p95 {most:.1f} s")
-    assert len(recoveries) > at_least / 2
+    assert len(recoveries) > KILLS / 2
     assert most < RECOVERY_SECONDS

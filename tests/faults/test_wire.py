@@ -51,7 +51,7 @@ def network() -> Iterator[tuple[str, ...]]:
     words = ("ip", "netns", "exec", NETWORK)
     subprocess.run(["ip", "netns", "add", NETWORK], check=True)
     try:
-        within(words, "ip link set lo up mtu 1500")
+        within(words, "ip link set lo up mtu 1500 gso_max_segs 1")  # what is sent is counted by what is lost: packets
         yield words
     finally:
         subprocess.run(["ip", "netns", "delete", NETWORK], check=True)
@@ -77,7 +77,7 @@ def test_a_wire_that_loses_packets_changes_no_bit(fresh: Fresh, undisturbed: Pro
     within(network, "tc qdisc add dev lo parent 1:2 bfifo limit 1")
     filters = ["tc", "filter", "add", "dev", "lo", "parent", "1:", "protocol", "all", "bpf", "bytecode"]
     subprocess.run([*network, *filters, ONE_IN_FIVE], check=True)
-    stage.until_step(13, seconds=180)
+    stage.until_step(12, seconds=180)
     said = within(network, "tc -s qdisc show dev lo")
     dropped, sent = int(said.partition("dropped ")[2].split(",")[0]), int(said.partition(" bytes ")[2].split()[0])
     print(f"{dropped} packets of {sent + dropped} dropped")

@@ -1,5 +1,6 @@
 """The loop on a stand-in model: exact resume, accumulation, and what is written down."""
 
+import errno
 import json
 import logging
 import signal
@@ -19,6 +20,7 @@ from headrace.checkpoint.reader import checkpoint_folder, open_checkpoint, steps
 from headrace.config.schema import Config
 from headrace.parallel.shards import Piece
 from headrace.pipeline.engine import Losses
+from headrace.training import trainer as trainer_module
 from headrace.training.integrity import MEMORY, RECOMPUTATION, REPLICAS, Corruption, CorruptionError, Integrity
 from toy_run import (
     EXPERTS,
@@ -237,6 +239,22 @@ def test_a_timeline_is_of_one_step_and_not_of_the_validation_behind_it(
     assert called[:begin] == ["step"] * 4
     assert called[begin : begin + 4] == ["begin_timeline", "step", "timeline", "measure"]
     assert json.loads((tmp_path / "timeline.json").read_text())["step"] == 5
+
+
+def test_a_timeline_that_cannot_be_written_stops_nothing_and_a_later_step_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = trainer_module.write_json
+    full = iter([OSError(errno.ENOSPC, "No space left on device")])
+
+    def written(path: Path, content: object) -> None:
+        for error in full:
+            raise error
+        write(path, content)
+
+    monkeypatch.setattr(trainer_module, "write_json", written)
+    toy_trainer(toy_config(), tmp_path / "checkpoints", timeline=tmp_path / "timeline.json").run()
+    assert json.loads((tmp_path / "timeline.json").read_text())["step"] == 10
 
 
 @pytest.mark.parametrize(("check", "kept"), [(MEMORY, [4, 8]), (REPLICAS, [4])])

@@ -93,6 +93,7 @@ class Trainer:
         self._telling = Telling(config, self._schedule, place.flops_per_token, *tell, watchers.ledger)
         self._first = learner.mesh.rank == 0
         self._taken, self._busy = 0, 0.0  # steps by this process; seconds at work in the last of them
+        self._draw_after = TIMELINE_STEP - 1  # steps by this process
         self._counters, self._history = Counters(), History()
         self._known_good = 0  # steps after which all copies were last seen to be equal
         self._ema_loss: float | None = None
@@ -372,14 +373,18 @@ class Trainer:
     def _wants_timeline(self) -> bool:
         """Whether the next step is drawn: one of the first that this process takes, but not its first."""
         path = self._place.timeline
-        if self._taken < TIMELINE_STEP - 1 or self._integrity.recomputes(self._counters.step):
+        if self._taken < self._draw_after or self._integrity.recomputes(self._counters.step):
             return False
         return path is not None and not path.exists()
 
     def _write_timeline(self, plan: Step) -> None:
         found = self._learner.timeline()
         if self._first and self._place.timeline is not None:
-            write_json(self._place.timeline, {"step": plan.step + 1, **found})
+            try:
+                write_json(self._place.timeline, {"step": plan.step + 1, **found})
+            except OSError as error:  # a full disk ends no training; a later step is drawn instead
+                self._watch.logger.warning("the timeline of step %d could not be written: %s", plan.step + 1, error)
+                self._draw_after = self._taken + TIMELINE_STEP - 1
 
     def _to_device(self, rows: Tensor) -> Tensor:
         if self._learner.device.type == "cuda":
