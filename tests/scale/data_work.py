@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,7 @@ class Work:
     seconds: float = 0.0
     _chance: random.Random = field(default_factory=random.Random)
     _kill_at: list[float] = field(default_factory=list)
+    _killed: Counter[str] = field(default_factory=Counter)
 
     @property
     def words(self) -> list[str]:
@@ -147,7 +149,7 @@ class Work:
             # Each by its number: pytest's process may have children of other makes.
             found = [reaped for pid in running if (reaped := os.wait4(pid, os.WNOHANG))[0]]
             if not found:
-                self._perhaps_kill(list(running))
+                self._perhaps_kill({pid: " ".join(program) for pid, (program, _) in running.items()})
                 time.sleep(0.02)
             for pid, status, usage in found:
                 waiting += self._ended(*running.pop(pid), status, usage.ru_maxrss * 1024)
@@ -161,8 +163,12 @@ class Work:
         assert code == 0, f"{program} ended with {code}; see {self.results}.log"
         return []
 
-    def _perhaps_kill(self, pids: list[int]) -> None:
-        if pids and self._kill_at and time.monotonic() >= self._kill_at[0]:
+    def _perhaps_kill(self, running: dict[int, str]) -> None:
+        # A job gives up after three attempts without progress, and its first unit may take longer than kills leave it.
+        victims = [pid for pid, program in running.items() if self._killed[program] < 2]
+        if victims and self._kill_at and time.monotonic() >= self._kill_at[0]:
             self._kill_at.pop(0)
-            os.kill(self._chance.choice(pids), signal.SIGKILL)
+            victim = self._chance.choice(victims)
+            os.kill(victim, signal.SIGKILL)
+            self._killed[running[victim]] += 1
             self.kills += 1
