@@ -17,8 +17,7 @@ from faults.product import Product, Stage, compared, steps, wait_for
 
 pytestmark = pytest.mark.faults
 
-HANG_SECONDS = 15
-"""`launch.hang_seconds` is 25, which lets faults be found within 30 s; here all is 10 s quicker."""
+DETECTION_SECONDS = 30.0
 MEMORY, TASKS = (Path(f"/sys/fs/cgroup/{kind}/headrace-faults") for kind in ("memory", "pids"))
 
 
@@ -50,7 +49,7 @@ def test_ranks_that_are_stopped_or_hang_are_found_and_the_run_goes_on(
     fresh: Fresh, undisturbed: Product, tmp_path: Path
 ) -> None:
     """In one run: rank 1 is stopped after step 9, and hangs in step 14."""
-    product = fresh(f"launch.hang_seconds={HANG_SECONDS}").taking_up(undisturbed, 8)
+    product = fresh().taking_up(undisturbed, 8)
     product = product.with_fault("hang", rank=1, step=14, once=str(tmp_path / "once"))
     stage = product.start()
     stage.until_step(9)
@@ -59,7 +58,7 @@ def test_ranks_that_are_stopped_or_hang_are_found_and_the_run_goes_on(
     stopped = time.monotonic()
     _, alive = psutil.wait_procs(ranks.values(), timeout=60)
     assert alive == [], stage.said
-    assert time.monotonic() - stopped < HANG_SECONDS + 5
+    assert time.monotonic() - stopped < DETECTION_SECONDS
     ends_like(product, stage, undisturbed)
     silent, hung = product.events("failure")
     assert silent["rank"] == hung["rank"] == 1

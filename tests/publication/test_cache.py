@@ -140,6 +140,8 @@ def test_jobs_of_a_stage_that_is_there_have_nothing_to_do(hub, first, second, ca
     assert local_files(place.artifact) == local_files(first.place("corpus").artifact)
     assert next(place.folder.glob("corpus_scans.*.batches/00000.done")).read_text() == "the stage's artifact is there\n"
     assert not corpus_scans.scan_folder(place.folder).exists()
+    assert corpus_scans.BATCHES.main(["../../../out", *second.words]) == 2
+    assert not list(second.results.rglob("out*"))
     assert second.run("corpus") == 0
     assert second.ran == []
     assert place.done.exists()

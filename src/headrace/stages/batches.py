@@ -65,6 +65,8 @@ class Batches(Generic[T]):
         try:
             if not argv:
                 raise UserError(f"usage: python -m headrace.stages.{self.program} BATCH [key=value ...]")
+            if not argv[0].isdigit():  # it becomes the name of a file
+                raise UserError(f"batch {argv[0]!r}: give a number, such as 00000")
             config = load(argv[1:])
             lock = known_lock(config)
             found = places(config, lock.hash)
@@ -129,7 +131,7 @@ def _is_there(config: Config, place: Place, found: dict[str, Place]) -> bool:
 def batch_of(batch: str, units: Sequence[T], per_job: int) -> Sequence[T]:
     """The units of one batch; `UserError` for a batch that does not exist."""
     count = -(-len(units) // per_job)
-    if not batch.isdigit() or int(batch) >= count:
+    if int(batch) >= count:
         raise UserError(f"batch {batch!r}: give a number from 0 to {count - 1}")
     return units[int(batch) * per_job : (int(batch) + 1) * per_job]
 

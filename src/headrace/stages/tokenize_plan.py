@@ -1,6 +1,6 @@
 """The plan of tokenize: a small JSON of its units, with what each is read from and how many tokens it will have.
 
-python -m headrace.stages.tokenize_plan all experiment=tiny
+python -m headrace.stages.tokenize_plan 00000 experiment=tiny
 """
 
 from collections.abc import Iterator, Sequence
