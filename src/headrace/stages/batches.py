@@ -65,13 +65,12 @@ class Batches(Generic[T]):
         try:
             if not argv:
                 raise UserError(f"usage: python -m headrace.stages.{self.program} BATCH [key=value ...]")
-            if not argv[0].isdigit():  # it becomes the name of a file
-                raise UserError(f"batch {argv[0]!r}: give a number, such as 00000")
             config = load(argv[1:])
             lock = known_lock(config)
             found = places(config, lock.hash)
             with Deadline(config.launch.minutes).watching():
-                if _is_there(config, found[self.stage], found):
+                # What is no number becomes no file's name: `batch_of` refuses it.
+                if argv[0].isdigit() and _is_there(config, found[self.stage], found):
                     self._done(argv[0], found[self.stage], config, "the stage's artifact is there\n")
                     return 0
                 units = batch_of(argv[0], self.units(config, lock, found[self.stage]), self.per_job(config))
@@ -131,7 +130,7 @@ def _is_there(config: Config, place: Place, found: dict[str, Place]) -> bool:
 def batch_of(batch: str, units: Sequence[T], per_job: int) -> Sequence[T]:
     """The units of one batch; `UserError` for a batch that does not exist."""
     count = -(-len(units) // per_job)
-    if int(batch) >= count:
+    if not batch.isdigit() or int(batch) >= count:
         raise UserError(f"batch {batch!r}: give a number from 0 to {count - 1}")
     return units[int(batch) * per_job : (int(batch) + 1) * per_job]
 
