@@ -1,5 +1,7 @@
 """Checkpoints for tests: made in one process, as if by several ranks, from pieces cut wherever a test likes."""
 
+import os
+import random
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.checkpoint.reader import Checkpoint
+from headrace.checkpoint.reader import Checkpoint, open_checkpoint
 from headrace.checkpoint.writer import Writer, abandon, publish
+from headrace.errors import UserError
 from headrace.parallel.shards import Piece, pieces_of
 
 Kinds = Mapping[str, Sequence[Piece]]
@@ -67,3 +70,32 @@ def value_of(checkpoint: Checkpoint) -> float:
             values |= set(checkpoint.get(kind, name).float().flatten().tolist())
     assert len(values) == 1, "a mix of two checkpoints"
     return float(values.pop())
+
+
+def use(path: Path) -> None:
+    """Open the checkpoint and read all of its tensors, as a resume does; nothing else verifies anything."""
+    found = open_checkpoint(path)
+    for kind in found.kinds:
+        for name in found.names(kind):
+            found.get(kind, name)
+
+
+def flips_that_pass(folder: Path, flips: int) -> list[tuple[str, int]]:
+    """Flip so many random bits of a checkpoint's files, one at a time and back; (file, bit) of those not detected."""
+    bits = [(path, 8 * path.stat().st_size) for path in sorted(folder.iterdir())]
+    chance, missed = random.Random(0), []
+    for at in chance.sample(range(sum(size for _, size in bits)), flips):
+        for path, size in bits:  # noqa: B007
+            if at < size:
+                break
+            at -= size
+        with path.open("r+b", buffering=0) as file:
+            byte = os.pread(file.fileno(), 1, at // 8)[0]
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << at % 8]), at // 8)
+            try:
+                use(folder)
+                missed.append((path.name, at))
+            except UserError as error:
+                assert folder.name in str(error)
+            os.pwrite(file.fileno(), bytes([byte]), at // 8)
+    return missed

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from faults.conftest import Fresh
 from faults.kills import check_nothing_is_left
 from faults.product import Product, Stage, compared, steps, wait_for
+from saved import flips_that_pass, use
 
 pytestmark = pytest.mark.faults
 
@@ -44,6 +46,16 @@ def flip(path: Path) -> None:
 
 def newest(product: Product, back: int) -> Path:
     return product.checkpoints / f"step-{sorted(steps(product.checkpoints))[-1 - back]:08d}"
+
+
+@pytest.mark.timeout(600)
+def test_every_one_of_ten_thousand_flipped_bits_of_a_checkpoint_is_detected(
+    undisturbed: Product, tmp_path: Path
+) -> None:
+    name = newest(undisturbed, 0).name
+    copy = shutil.copytree(undisturbed.checkpoints / name, tmp_path / name)
+    assert flips_that_pass(copy, 10_000) == []
+    use(copy)
 
 
 def test_damaged_checkpoints_are_passed_over_loudly(fresh: Fresh, undisturbed: Product) -> None:

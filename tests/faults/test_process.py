@@ -1,6 +1,7 @@
 """Processes that stop, hang, slow down, crash again and again, run out of memory or files, or are started twice."""
 
 import json
+import re
 import resource
 import signal
 import time
@@ -71,6 +72,42 @@ def test_ranks_that_are_stopped_or_hang_are_found_and_the_run_goes_on(
 def has_stack(log: str) -> bool:
     """Whether a rank's log holds what faulthandler writes."""
     return "most recent call first" in Path(log).read_text(errors="replace")
+
+
+ACTIVITIES = [
+    r"connecting to the other ranks", r"loading the checkpoint", r"0F2 of step 10", r"1RECV_F1 of step 11, for rank 0",
+    r"1B0 of step 12", r"\(1F1;0B2\)OVERLAP_F_B of step 13", r"0I3 of step 14", r"0W3 of step 15",
+    r"1REDUCE_GRAD of step 17", r"the last sends of step 18", r"the gradients of step 19", r"the update of step 21",
+    r"the weights of step 22", r"saving step 24",
+]  # fmt: skip
+"""Everything that rank 1 is at in a run, in steps of their own."""
+END_SECONDS = 5.0
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_killed_in_any_phase_is_named_with_it_and_ends_all_ranks(
+    fresh: Fresh, undisturbed: Product, tmp_path: Path
+) -> None:
+    product = fresh("checkpoint.interval=2").taking_up(undisturbed, 8)
+    product = product.with_fault("kill", rank=1, at=ACTIVITIES, once=str(tmp_path))
+    ends_like(product, product.start(), undisturbed)
+    failures = product.events("failure")
+    assert [failure["rank"] for failure in failures] == [1] * len(ACTIVITIES)
+    for number, (activity, failure) in enumerate(zip(ACTIVITIES, failures, strict=True)):
+        assert re.fullmatch(f"was killed by SIGKILL during {activity}", failure["what"])
+        # The entry is written once no rank is left.
+        assert failure["time"] - float((tmp_path / str(number)).read_text()) < END_SECONDS, activity
+
+
+def test_a_microbatch_of_another_shape_is_refused_at_once_with_its_rank_and_action(
+    fresh: Fresh, undisturbed: Product, tmp_path: Path
+) -> None:
+    product = fresh().taking_up(undisturbed, 12).with_fault("shape", rank=1, step=14, once=str(tmp_path / "once"))
+    ends_like(product, product.start(), undisturbed)
+    (failure,) = product.events("failure")
+    assert failure["rank"] == 1
+    assert "failed during 0F2 of step 14: ShapeError: 0F2 of step 14: hidden states of [1, 15, " in failure["what"]
+    assert failure["time"] - (tmp_path / "once").stat().st_mtime < END_SECONDS
 
 
 def test_a_slow_rank_is_named_and_nothing_else_happens(fresh: Fresh, undisturbed: Product) -> None:

@@ -111,11 +111,11 @@ def test_a_rank_that_cannot_be_reached_is_named_and_all_meet_again(
 
 def test_rendezvous_of_ranks_that_have_just_died_succeed_one_after_the_other(tmp_path: Path) -> None:
     for attempt in range(int(os.environ.get("RENDEZVOUS", "15"))):
-        assert sums_before_death(tmp_path) == [2.0, 2.0], attempt
+        assert sums_before_death(tmp_path) == [2.0], attempt
 
 
 def sums_before_death(logs: Path) -> list[Any]:
-    """What both ranks of the toy program computed together before one of them died."""
+    """What the ranks of the toy program computed together before one of them died, as the other one tells it."""
     told: list[Any] = []
     with started([str(TOY)], 2, "local", logs) as ranks, pytest.raises(RankFailure, match="rank 1 was killed by SIGK"):
         supervise(ranks, lambda rank, kind, payload: told.append(payload), Deadline(None), 20)

@@ -14,7 +14,8 @@ def body(rank: Rank) -> None:
     rank.connect(torch.device("cpu"))
     total = torch.ones(1)
     distributed.all_reduce(total)
-    rank.tell("sum", total.item())
+    if rank.rank == 0:  # what the other one tells may die with it
+        rank.tell("sum", total.item())
     distributed.barrier()
     if rank.rank == rank.world - 1:
         os.kill(os.getpid(), signal.SIGKILL)

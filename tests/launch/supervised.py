@@ -40,6 +40,7 @@ def pair(rank: Rank) -> None:
         if rank.rank == 0:
             rank.waiting(f"0RECV_F{step} of step 5")
             distributed.recv(got, 1)
+            print(f"received {step}", flush=True)
         else:
             rank.doing(f"1F{step} of step 5")
             if step == 3:

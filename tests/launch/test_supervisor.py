@@ -101,7 +101,10 @@ def test_a_stopped_rank_is_named_not_the_one_that_waits_for_it(watched: Watched)
     assert line.startswith("rank 1 gave no sign of life for ")
     assert line.endswith("during 1F3 of step 5")
     assert 1.5 < seconds < 2 + END_SECONDS
-    assert "recv" in (watched.logs / "rank-0.log").read_text()  # the stack of the one that waited
+    log = (watched.logs / "rank-0.log").read_text()
+    assert "recv" in log  # the stack of the one that waited
+    assert "received 2" in log
+    assert "received 3" not in log  # nobody goes on while stacks are written, not even who was stopped
 
 
 def test_an_endless_loop_is_named(watched: Watched) -> None:

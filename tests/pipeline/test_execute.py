@@ -183,6 +183,13 @@ def test_a_microbatch_of_another_shape_is_refused_by_its_action():
         running.step(rows(config, count=7), MTP, ALPHA, "step 9")
 
 
+def test_rows_of_another_length_than_the_phase_has_are_refused_by_the_first_action():
+    config = configuration(microbatch=2)
+    running = engine(config, Numerics("fp32"))
+    with pytest.raises(ShapeError, match=r"^0F0 of step 9: .*\[2, 15, 64\] where the step has \[2, 16, 64\]$"):
+        running.step(rows(config)[:, :-1], MTP, ALPHA, "step 9")
+
+
 def test_a_schedule_that_leaves_work_undone_is_our_fault():
     config = configuration()
     running = engine(config, Numerics("fp32"))

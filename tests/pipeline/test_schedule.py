@@ -3,11 +3,18 @@
 from types import SimpleNamespace
 
 import pytest
-from torch.distributed.pipelining.schedules import ScheduleDualPipeV, _Action
+from torch.distributed.pipelining.schedules import (
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+    _Action,
+)
 
 from headrace.errors import UserError
+from headrace.pipeline.communication import with_communication
 from headrace.pipeline.generators import dualpipe, zb_v
 from headrace.pipeline.schedule import TRANSFERS, Action, Kind, Schedule, overlap
+from headrace.pipeline.validate import validate
 
 PLAIN = [kind for kind in Kind if kind not in (Kind.OVERLAP_F_B, Kind.REDUCE_GRAD)]
 EVERY_KIND = [
@@ -61,6 +68,23 @@ def test_a_file_that_torch_wrote(tmp_path) -> None:
         [str(a) for a in theirs.pipeline_order[rank] if a is not None] for rank in range(4)
     ]
     assert (ours.ranks, ours.stages, ours.microbatches) == (4, 8, 9)
+
+
+@pytest.mark.parametrize("theirs", [ScheduleDualPipeV, ScheduleZBVZeroBubble, ScheduleInterleaved1F1B])
+def test_a_file_that_torch_wrote_with_transfers_has_those_that_we_would_add(theirs, tmp_path) -> None:
+    stage = SimpleNamespace(num_stages=8, group_size=4, group_rank=0, submod=None)
+    schedule = theirs([stage, stage], 8)
+    schedule._prepare_schedule_with_comms(schedule.pipeline_order)
+    schedule._dump_csv(tmp_path / "theirs.csv", format="compute_comms")
+    text = (tmp_path / "theirs.csv").read_text()
+    assert "0UNSHARD" in text
+    assert "0RESHARD" in text
+    ours = Schedule.from_csv(text)
+    said = {str(action) for row in ours.actions for action in row}
+    assert said == {cell for cell in text.replace("\n", ",").split(",") if cell and "SHARD" not in cell}
+    computations = Schedule("theirs", tuple(tuple(a for a in row if a.computations) for row in ours.actions))
+    validate(computations)
+    assert said == {str(action) for row in with_communication(computations).actions for action in row}
 
 
 def test_a_bad_cell_is_named_with_its_line() -> None:

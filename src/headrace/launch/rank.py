@@ -66,7 +66,8 @@ class Rank:
         if meeting.start != "local":  # a launcher mixes the output of all ranks
             _redirect_output(meeting, rank)
         faulthandler.enable()
-        faulthandler.register(signal.SIGUSR1)
+        # And end, which is the signal's default: ranks must not train on while they are being ended.
+        faulthandler.register(signal.SIGUSR1, chain=True)
         # Schedulers signal every process of a job; whether to save and stop is the parent's to say.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return Rank(meeting, rank, local_rank)

@@ -24,7 +24,7 @@ from headrace.launch.store import TCPStore, host_store
 from headrace.launch.wire import Meeting
 
 STACK_SECONDS = 1.0
-"""How long a rank gets to write down its stacks."""
+"""How long a rank gets to write down its stacks, after which it ends by itself."""
 LAUNCHER_SECONDS = 3.0
 """How long srun or torchrun gets to leave by itself after its ranks were told to."""
 
@@ -68,7 +68,7 @@ class Ranks:
             for process in live:
                 process.send_signal(signal.SIGUSR1)
                 process.send_signal(signal.SIGCONT)  # one that is stopped writes nothing
-            time.sleep(STACK_SECONDS)
+            _await(live, STACK_SECONDS)
         for process in self._processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

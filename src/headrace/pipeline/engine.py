@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from headrace.config.phases import MAIN, batches_of, layout_of, microbatch_of
+from headrace.config.phases import MAIN, batches_of, layout_of, microbatch_of, sequence_length_of
 from headrace.config.schema import Config
 from headrace.fp8.numerics import Numerics
 from headrace.model.initialisation import initialise_parameters
@@ -108,7 +108,7 @@ class Engine:
     ) -> None:
         self.mesh, self.device, self.config = mesh, device, config.model
         layout = layout_of(config.parallel, phase)
-        self._layout = layout
+        self._layout, self._length = layout, sequence_length_of(config.recipe, phase)
         self._name, self._reason = schedule_of(config, phase)
         self._microbatches = microbatches_of(config, phase)[0]  # of the latest step
         self.trace, self.record = Trace(mesh.pipeline_rank, device), Record()
@@ -143,7 +143,8 @@ class Engine:
     def step(self, rows_RL: Tensor, mtp_weight: float, balance_weight: float, label: str) -> Losses:
         """Losses of the global batch; its gradient, summed over all copies, in `reduction.pieces`.
 
-        `rows_RL` are this data rank's rows; `label` names the step in messages.
+        `rows_RL` are this data rank's rows; `label` names the step in messages. Raises `ShapeError` where rows are
+        longer or shorter than those of the phase, before anything of them is sent.
         """
         size = microbatch_of(self._layout, len(rows_RL))
         parts = torch.split(rows_RL, size)
@@ -151,7 +152,7 @@ class Engine:
         weights = Weights(1 / (len(parts) * self.mesh.data), mtp_weight, balance_weight, train=True)
         plan = Plan(self.schedule(len(parts)), lambda m: Microbatch(parts[m], weights), True, self._reduce, label)
         with self.store.accumulating():
-            results = self._run(plan, size, rows_RL.shape[1] - 1 - self.config.num_nextn_predict_layers)
+            results = self._run(plan, size, self._length)
             self.watch.waiting(f"the gradients of {label}")
             self.reduction.finish()
         return self._losses(results)
@@ -268,7 +269,8 @@ class Engine:
             return self._executors[shape].run(plan)
         transfers = Transfers(self.groups, self.mesh, shape, self._dtype, self.device)
         self._executors[shape] = Executor(self.mesh.pipeline_rank, self.stages, self._around, transfers, self.watch)
-        with self.watch.patiently(plan.label):  # kernels are compiled for a shape when they first see it
+        # On a GPU kernels are compiled for a shape when they first see it.
+        with self.watch.patiently(plan.label) if self.device.type == "cuda" else nullcontext():
             return self._executors[shape].run(plan)
 
     def _measured(self, rows_RL: Tensor, score: bool, label: str) -> tuple[Results, list[int | None]]:

@@ -98,6 +98,7 @@ class _Execution:
             self._receive(action)
         elif action.kind is Kind.REDUCE_GRAD:
             assert self._plan.reduce is not None
+            self._doing(str(action))
             self._plan.reduce(action.stage)
         else:
             self._compute(action)

@@ -42,6 +42,8 @@ class Kind(StrEnum):
 COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
 TRANSFERS = frozenset({Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B})
 _ACTION = re.compile(r"([0-9]{1,9})([A-Z_]+?)([0-9]{0,9})")
+_PARAMETERS = re.compile(r"[0-9]{1,9}(UNSHARD|RESHARD)")
+"""What torch's FSDP does with a stage's parameters; here they are whole all the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +142,15 @@ class Schedule:
 
     @staticmethod
     def from_csv(text: str, name: str = "from file") -> "Schedule":
-        """What `to_csv` wrote, or torch's own file (its empty cells are left out); raises `UserError` with the line."""
+        """What `to_csv` wrote, or torch's own file, with transfers or without; raises `UserError` with the line.
+
+        Torch's empty cells are left out, and its UNSHARD and RESHARD, which mean nothing here.
+        """
         rows = []
         for number, line in enumerate(text.splitlines(), start=1):
+            cells = (cell.strip() for cell in line.split(","))
             try:
-                rows.append(tuple(Action.parse(cell) for cell in line.split(",") if cell.strip()))
+                rows.append(tuple(Action.parse(cell) for cell in cells if cell and not _PARAMETERS.fullmatch(cell)))
             except UserError as error:
                 raise UserError(f"line {number}: {error}") from None
         return Schedule(name, tuple(rows))

@@ -229,6 +229,7 @@ class Trainer:
         if self._first:
             save = self._rhythm.due(self._counters.step, self._saver.stall)
             wanted = [self._watch.deadline.reason(), save, self._wants_timeline()]
+        self._learner.watch.waiting(f"all ranks after step {self._counters.step}")
         said = self._learner.agreed_all([wanted, self._saver.word(), round(self._busy, 6)])
         self._saver.look([word for _, word, _ in said])
         for slow in self._slow.add([busy for _, _, busy in said]) if self._taken else ():
@@ -282,13 +283,15 @@ class Trainer:
 
     def _apply(self, plan: Step, figures: Figures, norm: Tensor) -> None:
         """Update weights and biases."""
-        learner = self._learner
+        learner, number = self._learner, plan.step + 1
+        learner.watch.doing(f"the update of step {number}")
         learner.reduction.clip(self._config.recipe.optimizer.gradient_clip, norm)
         if self._integrity.before_update(plan.step):
             self._known_good = plan.step
         if self._ema:
             self._ema.wait()
         self._optimizer.step(plan.learning_rate, plan.muon_learning_rate)
+        learner.watch.waiting(f"the weights of step {number}")
         learner.reduction.share()
         learner.update_router_bias(figures.counts, plan.bias_update_speed)
         self._integrity.after_update(plan.step)

@@ -10,6 +10,8 @@ import importlib.abc
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +139,32 @@ def crash(details: Details) -> None:
             raise ArithmeticError("this step cannot be computed")
 
     on_action(change)
+
+
+def kill(details: Details) -> None:
+    """SIGKILL as an activity begins, of each kind once; "at" are regular expressions of their labels, "once" a folder.
+
+    The file of a kind then holds the moment, in seconds since 1970.
+    """
+
+    def mark(old: Callable[..., Any], self: Any, label: str, mood: Any) -> None:
+        old(self, label, mood)
+        for number, wanted in enumerate(details["at"]):
+            happened = Path(details["once"], str(number))
+            if details["rank"] == RANK and re.fullmatch(wanted, label) and not happened.exists():
+                happened.write_text(str(time.time()))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    After("headrace.launch.heartbeat", lambda module: wrap(module.Heartbeat, "mark", mark))
+
+
+def shape(details: Details) -> None:
+    """The rows of one rank are a token shorter than those of the step."""
+
+    def step(old: Callable[..., Any], self: Any, rows_RL: Any, *given: Any, **named: Any) -> Any:
+        return old(self, rows_RL[:, :-1] if now(details) else rows_RL, *given, **named)
+
+    After("headrace.pipeline.engine", lambda module: wrap(module.Engine, "step", step))
 
 
 def hang(details: Details) -> None:
@@ -276,7 +304,7 @@ def rows(details: Details) -> None:
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        reset, partition, crash, hang, memory, not_a_number, flip, slow, late, clock, sync_error, rows,
+        reset, partition, crash, kill, shape, hang, memory, not_a_number, flip, slow, late, clock, sync_error, rows,
     )
 }  # fmt: skip
 
