@@ -21,6 +21,7 @@ pytestmark = pytest.mark.faults
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a tmpfs")
 MIB = 1 << 20
+FLIPS = 2_000  # ten thousand, of a smaller one, are in tests/checkpoint
 
 
 def ends_like(product: Product, stage: Stage, undisturbed: Product) -> None:
@@ -48,13 +49,10 @@ def newest(product: Product, back: int) -> Path:
     return product.checkpoints / f"step-{sorted(steps(product.checkpoints))[-1 - back]:08d}"
 
 
-@pytest.mark.timeout(600)
-def test_every_one_of_ten_thousand_flipped_bits_of_a_checkpoint_is_detected(
-    undisturbed: Product, tmp_path: Path
-) -> None:
+def test_every_flipped_bit_of_a_checkpoint_is_detected(undisturbed: Product, tmp_path: Path) -> None:
     name = newest(undisturbed, 0).name
     copy = shutil.copytree(undisturbed.checkpoints / name, tmp_path / name)
-    assert flips_that_pass(copy, 10_000) == []
+    assert flips_that_pass(copy, FLIPS) == []
     use(copy)
 
 
