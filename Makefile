@@ -32,10 +32,10 @@ test-slow: setup
 	$(BIN)/pytest $(BESIDE) -m "slow and not alone and not faults"
 	$(BIN)/pytest -m "slow and alone and not faults"
 
-# All workflow faults are in one file, so its tests are shared out one by one.
+# Most faults are in few files, so tests are shared out one by one.
 test-faults: setup
-	$(BIN)/pytest --numprocesses 2 -m "faults and workflow"
-	$(BIN)/pytest -m "faults and not workflow"
+	$(BIN)/pytest --numprocesses 2 -m "faults and not alone"
+	$(BIN)/pytest -m "faults and alone"
 
 .PHONY: test-scale
 test-scale: setup

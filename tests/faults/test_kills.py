@@ -23,6 +23,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(fresh: Fresh, undistur
 
 
 @pytest.mark.faults
+@pytest.mark.alone
 @pytest.mark.timeout(1200)
 def test_25_kills_cost_no_bit_and_recoveries_are_quick(fresh: Fresh) -> None:
     longer = (EXTENDED, f"recipe.tokens={STEP_TOKENS * 90}")

@@ -16,7 +16,7 @@ from faults.conftest import STEPS, Fresh
 from faults.kills import check_nothing_is_left
 from faults.product import Product, Stage, compared, steps, wait_for
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.alone]
 
 DETECTION_SECONDS = 30.0
 MEMORY, TASKS = (Path(f"/sys/fs/cgroup/{kind}/headrace-faults") for kind in ("memory", "pids"))
@@ -49,23 +49,25 @@ def test_sigterm_saves_where_it_is_and_asks_to_be_run_again(fresh: Fresh, undist
 def test_ranks_that_are_stopped_or_hang_are_found_and_the_run_goes_on(
     fresh: Fresh, undisturbed: Product, tmp_path: Path
 ) -> None:
-    """In one run: rank 1 is stopped after step 9, and hangs in step 14."""
-    product = fresh().taking_up(undisturbed, 8)
-    product = product.with_fault("hang", rank=1, step=14, once=str(tmp_path / "once"))
-    stage = product.start()
-    stage.until_step(9)
-    ranks = stage.both_ranks()
+    """Two runs beside each other, which mostly wait: in one rank 1 is stopped, in the other it hangs."""
+    once = tmp_path / "once"
+    stopped, hanging = fresh().taking_up(undisturbed, 8), fresh().taking_up(undisturbed, 8)
+    stages = stopped.start(), hanging.with_fault("hang", rank=1, step=9, once=str(once)).start()
+    stages[0].until_step(9)
+    ranks = stages[0].both_ranks()
     ranks[1].send_signal(signal.SIGSTOP)
-    stopped = time.monotonic()
+    began = time.monotonic()
     _, alive = psutil.wait_procs(ranks.values(), timeout=60)
-    assert alive == [], stage.said
-    assert time.monotonic() - stopped < DETECTION_SECONDS
-    ends_like(product, stage, undisturbed)
-    silent, hung = product.events("failure")
+    assert alive == [], stages[0].said
+    assert time.monotonic() - began < DETECTION_SECONDS
+    for product, stage in zip((stopped, hanging), stages, strict=True):
+        ends_like(product, stage, undisturbed)
+    (silent,), (hung,) = stopped.events("failure"), hanging.events("failure")
     assert silent["rank"] == hung["rank"] == 1
     assert "gave no sign of life" in silent["what"]
     assert "hung in" in hung["what"]
-    assert "of step 14" in hung["what"]
+    assert "of step 9" in hung["what"]
+    assert hung["time"] - once.stat().st_mtime < DETECTION_SECONDS  # it is written once no rank is left
     assert [has_stack(log) for log in (*silent["stacks"], hung["stacks"][1])] == [True] * 3
 
 
@@ -88,15 +90,17 @@ END_SECONDS = 5.0
 def test_a_rank_killed_in_any_phase_is_named_with_it_and_ends_all_ranks(
     fresh: Fresh, undisturbed: Product, tmp_path: Path
 ) -> None:
-    product = fresh("checkpoint.interval=2").taking_up(undisturbed, 8)
-    product = product.with_fault("kill", rank=1, at=ACTIVITIES, once=str(tmp_path))
+    once = tmp_path / "once"
+    once.mkdir()
+    product = fresh("checkpoint.interval=2").taking_up(undisturbed, 4)  # early enough to draw a step before the kills
+    product = product.with_fault("kill", rank=1, at=ACTIVITIES, once=str(once))
     ends_like(product, product.start(), undisturbed)
     failures = product.events("failure")
     assert [failure["rank"] for failure in failures] == [1] * len(ACTIVITIES)
     for number, (activity, failure) in enumerate(zip(ACTIVITIES, failures, strict=True)):
         assert re.fullmatch(f"was killed by SIGKILL during {activity}", failure["what"])
         # The entry is written once no rank is left.
-        assert failure["time"] - float((tmp_path / str(number)).read_text()) < END_SECONDS, activity
+        assert failure["time"] - float((once / str(number)).read_text()) < END_SECONDS, activity
 
 
 def test_a_microbatch_of_another_shape_is_refused_at_once_with_its_rank_and_action(

@@ -19,7 +19,7 @@ from headrace.launch.deadline import Deadline
 from headrace.launch.start import started
 from headrace.launch.supervisor import supervise
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.alone]
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change networks")
 NETWORK = f"headrace-faults-{os.getpid()}"

@@ -116,8 +116,8 @@ def reductions(rank, world):
 
 def test_the_higher_stages_gradients_are_summed_under_the_tail_and_waited_for_at_the_end():
     first, second = run_ranks(2, HERE, "reductions")
-    assert first[-6:] == ["1B3", "reduce", "0I1", "0W1", "reduce", "wait"]
-    assert second[-6:] == ["1B1", "reduce", "0I3", "0W3", "reduce", "wait"]
+    assert first[-8:] == ["1B3", "1REDUCE_GRAD", "reduce", "0I1", "0W1", "0REDUCE_GRAD", "reduce", "wait"]
+    assert second[-8:] == ["1B1", "1REDUCE_GRAD", "reduce", "0I3", "0W3", "0REDUCE_GRAD", "reduce", "wait"]
     assert (first.count("reduce"), first.count("wait")) == (second.count("reduce"), second.count("wait")) == (2, 1)
 
 
