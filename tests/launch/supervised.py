@@ -1,5 +1,6 @@
 """A program of ranks for test_supervisor.py: `python supervised.py <case>` is one rank of that case."""
 
+import atexit
 import os
 import signal
 import sys
@@ -121,6 +122,13 @@ def polite(rank: Rank) -> None:
         time.sleep(0.05)
 
 
+def linger(rank: Rank) -> None:
+    """Do all, and then rank 1 does not end."""
+    rank.connect(CPU)
+    if rank.rank == 1:
+        atexit.register(time.sleep, 60)
+
+
 def forever(rank: Rank) -> None:
     rank.connect(CPU, timedelta(seconds=60))
     rank.tell("pid", os.getpid())
@@ -128,5 +136,5 @@ def forever(rank: Rank) -> None:
 
 
 if __name__ == "__main__":
-    case = {f.__name__: f for f in (sums, pair, ring, deadlock, patience, polite, forever)}[sys.argv[1]]
+    case = {f.__name__: f for f in (sums, pair, ring, deadlock, patience, polite, linger, forever)}[sys.argv[1]]
     sys.exit(run_as_rank(case))

@@ -107,13 +107,6 @@ def test_patience_has_an_end() -> None:
     assert judged(sight(0, "saving", PATIENCE_SECONDS + 1, Mood.PATIENT)) == "0 hung in saving for 1801 s"
 
 
-def test_a_rank_that_has_done_all_must_end() -> None:
-    well = {"well": True, "stopped": None}
-    assert judged(sight(0, report=well, report_at=NOW - 19, beat_at=NOW - 19)) is None
-    late = sight(0, report=well, report_at=NOW - 21, beat_at=NOW - 21)
-    assert judged(late) == "0 did not end within 20 s of having done all"
-
-
 def test_a_verdict_says_of_what_kind_the_trouble_is_and_since_when() -> None:
     def seen(verdict: Verdict | None) -> tuple[str, float, str | None]:
         assert verdict is not None

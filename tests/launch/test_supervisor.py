@@ -139,6 +139,13 @@ def test_a_long_save_is_no_hang_neither_for_who_saves_nor_for_who_waits(watched:
     assert watched.run("patience", hang_seconds=1) == Ended(None)
 
 
+def test_a_rank_that_has_done_all_and_does_not_end_is_ended(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "EXIT_SECONDS", 1.0)
+    began = time.monotonic()
+    assert watched.run("linger") == Ended(None)
+    assert time.monotonic() - began < 50
+
+
 def test_ranks_stop_where_they_are_asked_to(watched: Watched) -> None:
     watched.stop_after = 5
     ended = watched.run("polite")

@@ -173,6 +173,18 @@ def finished(tmp_path: Path) -> tuple[Config, ToyModel, Path]:
     return config, model, folder
 
 
+def test_results_are_written_again_where_an_attempt_was_ended_behind_them(
+    finished: tuple[Config, ToyModel, Path], tmp_path: Path
+) -> None:
+    config, model, folder = finished
+    before = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / "checkpoint" / "model-00001.safetensors").touch()  # of another layout
+    again = toy_trainer(config, tmp_path / "checkpoints", model=model)
+    again.run()
+    again.write_results(folder)
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_artifact_holds_what_the_next_stages_read(finished: tuple[Config, ToyModel, Path], tmp_path: Path) -> None:
     _, _, folder = finished
     assert {path.name for path in folder.iterdir()} == {

@@ -22,9 +22,6 @@ from typing import Any, Literal
 from headrace.launch.wire import PATIENCE_SECONDS, STOPPED, Beat, Mood
 
 TEXT_LIMIT = 500
-EXIT_SECONDS = 20.0
-"""How long the interpreter of a rank that has done all may take to end."""
-
 
 Cause = Literal["killed", "failed", "lost", "hung"]
 """A signal; an exception, abort or silent exit; no sign of life; one activity for too long."""
@@ -125,7 +122,6 @@ def stuck(
     silent = [s for s in live if s.silence(now) > silent_after]
     slow = [s for s in live if s.age(now) > _limit(s, hang_seconds)]
     waiting = [s for s in live if _mood(s) == Mood.WAITING]
-    lingering = [s for s in sights if s.report and s.exit is None and now - s.report_at > EXIT_SECONDS]
     still = bool(waiting) and now - moved > hang_seconds
     if any(sight.silence(now) > hang_seconds for sight in silent) or (silent and (slow or still)):
         return _silence(max(silent, key=lambda sight: sight.silence(now)), now)
@@ -135,9 +131,6 @@ def stuck(
     if still:
         worst = max(waiting, key=lambda sight: sight.age(now))
         return _hung(worst, f"has waited for {worst.age(now):.0f} s in {worst.activity}, and no rank moves", now)
-    if lingering:
-        what = f"did not end within {EXIT_SECONDS:.0f} s of having done all"
-        return Verdict(lingering[0].rank, what, cause="hung", began=lingering[0].report_at)
     return None
 
 

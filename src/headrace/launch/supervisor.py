@@ -27,6 +27,8 @@ SILENT_SECONDS = 3.0
 """Beside a rank in trouble, one that has not beaten for so long is taken for dead or stopped."""
 START_SECONDS = 300.0
 """How long ranks may take to start and join."""
+EXIT_SECONDS = 20.0
+"""How long a rank that has done all may take to end by itself; then it is ended, and nothing is lost."""
 _COUNTED = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 """Where Linux counts processes that it ended for lack of memory: in this container, or on this machine."""
 
@@ -91,8 +93,9 @@ class _Watch:
         self._out_of_memory = ended_for_memory()
 
     def over(self) -> bool:
-        """Whether every rank has reported its end and is gone."""
-        return all(sight.report and sight.exit is not None for sight in self._sights)
+        """Whether every rank has reported its end, and is gone or has had the time to go."""
+        late = time.monotonic() - EXIT_SECONDS
+        return all(sight.report and (sight.exit is not None or sight.report_at < late) for sight in self._sights)
 
     def stopped(self) -> str | None:
         """What the first rank that stopped as asked says, or None."""

@@ -11,6 +11,7 @@ agreement.safetensors   `tokens` int64 [R, T+1], held-out rows, and `log_probabi
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Results:
 def write_results(folder: Path, results: Results) -> None:
     """Write the files listed above into `folder`, which exists."""
     weights = folder / "checkpoint"
+    if weights.exists():  # of an attempt that was ended after all was trained
+        shutil.rmtree(weights)
     weights.mkdir()
     for path in sorted(results.checkpoint.folder.iterdir()):
         if path.name == TABLE or path.name.startswith(("model-", "ema-")):
