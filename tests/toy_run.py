@@ -110,6 +110,7 @@ class ToyLearner:
 
     def __init__(self, model: ToyModel, config: Config) -> None:
         self.model, self.device, self.watch = model, torch.device("cpu"), Unwatched()
+        self.dispatch = "local"
         self.mesh, self.record = Mesh.of(config.parallel, 0), Record()
         self._microbatch = config.parallel.microbatch
         held = [Held(name, parameter, 0, (0,)) for name, parameter in model.named_parameters()]

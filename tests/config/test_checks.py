@@ -86,6 +86,23 @@ def test_what_can_run_is_not_refused(tiny, parallel):
     assert problems(with_layout(tiny, **parallel)) == []
 
 
+def test_what_deepep_cannot_do_is_refused(tiny):
+    def wrong(expert, node_size, compute="bf16", device="auto"):
+        config = with_layout(tiny, data=8, expert=expert, node_size=node_size, microbatch=1, dispatch="deepep")
+        precision, launch = replace(tiny.precision, compute=compute), replace(tiny.launch, device=device)
+        return problems(replace(config, precision=precision, launch=launch))
+
+    assert wrong(1, 1) == wrong(4, 4) == wrong(4, 8) == wrong(8, 8) == []
+    for expert, node_size in ((2, 1), (4, 2), (8, 4)):
+        (line,) = wrong(expert, node_size)
+        assert f"parallel.expert={expert} does not fit parallel.node_size={node_size}" in line
+    found = wrong(8, 8, "fp32", "cpu")
+    assert [line.split(", ")[0] for line in found] == [
+        "parallel.dispatch=deepep runs on GPUs only",
+        "parallel.dispatch=deepep sums in BF16 only",
+    ]
+
+
 def test_a_token_cannot_travel_with_the_scale_of_a_whole_tensor():
     words = ["experiment=tiny", "precision=fp8", "precision.fp8.activation_tile=tensor"]
     config = load([*words, "precision.fp8.backend=reference"])

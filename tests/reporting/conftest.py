@@ -384,6 +384,7 @@ def demo_step() -> PipelineStep:
         pipeline=4,
         data=2,
         expert=2,
+        dispatch="deepep 1.2.1",
         microbatches=8,
         layers=(1, 2, 0, 1),
         live_activations=simulation.live_activations,

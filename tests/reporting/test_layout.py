@@ -29,7 +29,7 @@ def test_the_section_says_what_ran_and_why(demo_facts: ReportFacts, demo_step: P
     for words in (
         "4 layers are cut into 4 pipeline stages",
         "Schedule dualpipe: it hides the communication of a forward under a backward, and the other way round. ",
-        "pipeline 4 × data 2, experts over 2",
+        "pipeline 4 × data 2, experts over 2 by deepep 1.2.1",
         "planned 7.7 %",  # 2 of 26
         "rank 0 0 (1 layer), 3 (1 layer) 7.7 %",
         "rank 1 1 (2 layers), 2 (0 layers) 7.7 %",

@@ -52,7 +52,7 @@ def pretrain(tmp_path: Path) -> Path:
         "validation_rows",
     )
     facts = {key: float(i) for i, key in enumerate(keys, 1)}
-    write_json(tmp_path / "training.json", {**facts, "device": "cpu"})
+    write_json(tmp_path / "training.json", {**facts, "device": "cpu", "dispatch": "deepep 1.2.1"})
     write_rows(
         tmp_path / "metrics.jsonl",
         [
@@ -123,6 +123,7 @@ def test_the_timeline_of_a_step(pretrain: Path) -> None:
         assert (step is None) == (pipeline == 1)  # ranks without a pipeline have no timeline
     assert step is not None
     assert (step.step, step.schedule, step.reason, step.device) == (3, "dualpipe", "as configured", "cpu")
+    assert step.dispatch == "deepep 1.2.1"
     assert (step.pipeline, step.data, step.expert, step.microbatches, step.layers) == (2, 2, 2, 4, (2, 1))
     assert (*step.measured.spans, *step.measured.collectives) == tuple(spans)
     assert step.planned.spans == step.measured.spans

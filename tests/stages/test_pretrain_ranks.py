@@ -88,6 +88,8 @@ def test_a_layout_of_ranks_follows_one_process(layout: str, data: list[str], alo
     assert all(ours[name].shape == theirs[name].shape for name in ours)
     scores = [load_tensors(artifact(w) / "agreement.safetensors")["log_probabilities"] for w in (words, alone)]
     assert (scores[0] - scores[1]).abs().max() < 0.05
+    training = json.loads((artifact(words) / "training.json").read_text())
+    assert (training["ranks"], training["dispatch"]) == (2, "all_to_all" if layout == "experts" else "local")
     timeline = json.loads((artifact(words) / "timeline.json").read_text())
     assert timeline["pipeline"] == (2 if layout == "dualpipe" else 1)
     for name in ("planned", "measured"):

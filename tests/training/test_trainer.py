@@ -210,6 +210,7 @@ def test_figures_of_the_artifact(finished: tuple[Config, ToyModel, Path]) -> Non
     config, model, folder = finished
     training = json.loads((folder / "training.json").read_text())
     assert (training["steps"], training["tokens"], training["position"]) == (12, config.recipe.tokens, 48)
+    assert (training["device"], training["ranks"], training["dispatch"]) == ("cpu", 1, "local")
     assert training["gemm_peak_flops"] > 1e8
     assert training["mfu"] == pytest.approx(training["tokens_per_second"] * 1e4 / training["gemm_peak_flops"])
     assert training["tokens_per_second"] == pytest.approx(training["tokens"] / training["seconds"])

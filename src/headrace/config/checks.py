@@ -10,6 +10,7 @@ from headrace.config.phases import MAIN, RAMP, batches_of, layout_of, microbatch
 from headrace.config.recipe import BatchRampConfig, ExtensionConfig, RecipeConfig, RopeScaling
 from headrace.config.schema import Config, CorpusConfig, Fp8Config, ModelConfig, ParallelConfig
 
+_DEEPEP_NODE = 8  # ranks of a node, in DeepEP's kernels
 _TWO_STAGES = ("interleaved_1f1b", "zb_v", "dualpipe_v")
 """Schedules with two pipeline stages on each rank."""
 
@@ -337,5 +338,21 @@ def _experts(config: Config, layout: ParallelConfig) -> list[str]:
         wrong.append(
             f"precision.fp8.activation_tile={fp8.activation_tile} is not possible with parallel.expert={expert}: "
             "a token travels with its own scales, use 1x128"
+        )
+    return wrong + (_deepep(config, layout) if layout.dispatch == "deepep" else [])
+
+
+def _deepep(config: Config, layout: ParallelConfig) -> list[str]:
+    """What DeepEP's kernels cannot do; whether it is there, and a GPU for it, shows at the start."""
+    name, wrong = "parallel.dispatch=deepep", []
+    if config.launch.device == "cpu":
+        wrong.append(f"{name} runs on GPUs only, and launch.device=cpu; use all_to_all")
+    if config.precision.compute != "bf16":
+        wrong.append(f"{name} sums in BF16 only, and precision.compute={config.precision.compute}; use all_to_all")
+    if min(layout.expert, layout.node_size) != min(layout.expert, _DEEPEP_NODE):
+        wrong.append(
+            f"{name} knows nodes of {_DEEPEP_NODE} ranks, and up to so many as one node: "
+            f"parallel.expert={layout.expert} does not fit parallel.node_size={layout.node_size}; change it or use "
+            "all_to_all"
         )
     return wrong

@@ -51,6 +51,8 @@ class Received:
 class Dispatcher(Protocol):
     """What a mixture-of-experts layer asks of a dispatcher."""
 
+    backend: str  # what tokens travel by, with its version where it has one: recorded with what was trained
+
     def local_experts(self, experts: int) -> range:
         """Which of a layer's experts this process holds."""
         ...
@@ -82,6 +84,8 @@ class Way:
 
 class LocalDispatcher:
     """All experts in this process: a permutation. `gemms` are those of the experts."""
+
+    backend = "local"
 
     def __init__(self, gemms: Gemms) -> None:
         self._gemms = gemms
@@ -139,6 +143,14 @@ def rows_of_pairs(values_NK: Tensor, way: Way) -> Tensor:
     used = way.rows_of_token_NK >= 0
     values_S = values_NK.new_zeros(way.token_of_row_S.shape[0])
     return values_S.index_put_((way.rows_of_token_NK[used],), values_NK.detach()[used])
+
+
+def pairs_of_rows(values_S: Tensor, way: Way) -> Tensor:
+    """The inverse: a number per row as one per (token, expert) pair [N, K], 0 for pairs that have no row."""
+    used = way.rows_of_token_NK >= 0
+    values_NK = values_S.new_zeros(used.shape)
+    values_NK[used] = values_S[way.rows_of_token_NK[used]]
+    return values_NK
 
 
 def sum_rows(rows_SD: Tensor, way: Way) -> Tensor:

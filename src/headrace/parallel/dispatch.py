@@ -29,7 +29,6 @@ rank, S rows of experts, D model width, E experts, B bytes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, distributed
@@ -43,6 +42,7 @@ from headrace.model.dispatch import (
     Received,
     Way,
     copy_to_rows,
+    pairs_of_rows,
     rows_of_pairs,
     sorted_by_expert,
 )
@@ -106,15 +106,14 @@ class ExpertParallelDispatcher:
     tokens. `links` are the hops, outermost first.
     """
 
+    backend = "all_to_all"
+
     def __init__(self, gemms: Gemms, links: Sequence[Link], ranks: int, place: int) -> None:
         self._gemms, self._links, self._ranks, self._place = gemms, links, ranks, place
 
     def local_experts(self, experts: int) -> range:
         """The block of this rank. Raises `UserError` where the ranks cannot share evenly."""
-        if experts % self._ranks:
-            raise UserError(f"parallel.expert={self._ranks} must divide model.n_routed_experts={experts}")
-        share = experts // self._ranks
-        return range(self._place * share, (self._place + 1) * share)
+        return experts_of(self._place, self._ranks, experts)
 
     @torch.no_grad()
     def send(self, x_ND: Tensor, routing: Routing) -> Received:
@@ -154,10 +153,7 @@ class ExpertParallelDispatcher:
     def collect_gradient(self, drows_SD: Tensor, dweights_S: Tensor, received: Received) -> tuple[Tensor, Tensor]:
         """[N, D], summed as in `collect`, and [N, K], each from the one rank that has the expert."""
         journey: Journey = received.way
-        rows_of_token_TK = journey.way.rows_of_token_NK
-        dweights_TK = dweights_S.new_zeros(rows_of_token_TK.shape)
-        dweights_TK[rows_of_token_TK >= 0] = dweights_S[rows_of_token_TK[rows_of_token_TK >= 0]]
-        parts = [journey.sums(drows_SD), dweights_TK]
+        parts = [journey.sums(drows_SD), pairs_of_rows(dweights_S, journey.way)]
         for link, crossing in zip(reversed(self._links), reversed(journey.crossings), strict=True):
             arrived = _exchange(link, _joined(parts), crossing.arrived, crossing.sent)
             parts = [crossing.sums(part) for part in _parted(arrived, parts)]
@@ -180,12 +176,11 @@ class ExpertParallelDispatcher:
 def make_dispatcher(mesh: Mesh, groups: Groups, gemms: Gemms, config: ParallelConfig) -> Dispatcher:
     """The dispatcher of this rank, for all its layers. Opens process groups: every rank of the world calls it once.
 
-    Raises `UserError` for a back end that is missing, and where expert groups cut nodes.
+    Raises `UserError` for a back end that is missing or cannot run here, and where expert groups cut nodes.
     """
-    if config.dispatch == "deepep":
-        found = find_spec("deep_ep") is not None
-        reason = "is not supported yet" if found else "the Python package deep_ep is not installed"
-        raise UserError(f"parallel.dispatch=deepep: {reason}; use all_to_all")
+    from headrace.parallel import deepep  # which shares what is above
+
+    deep_ep = deepep.library() if config.dispatch == "deepep" else None
     ranks, near = mesh.expert, min(mesh.expert, mesh.node_size)
     if ranks == 1:
         return LocalDispatcher(gemms)
@@ -194,7 +189,21 @@ def make_dispatcher(mesh: Mesh, groups: Groups, gemms: Gemms, config: ParallelCo
             f"parallel.expert={ranks} ranks and parallel.node_size={mesh.node_size} ranks per node: one must divide "
             "the other, so that expert groups fill nodes or lie within one; change either"
         )
+    if deep_ep is not None:
+        sets = [tuple(range(first, first + ranks)) for first in range(0, mesh.world, ranks)]
+        groups.open("dispatch", sets)
+        group = groups.get("dispatch", mesh.expert_group())
+        assert group is not None
+        return deepep.DeepEpDispatcher(deep_ep, gemms, group, mesh.expert_rank)
     return ExpertParallelDispatcher(gemms, _links(mesh, groups, near), ranks, mesh.expert_rank)
+
+
+def experts_of(place: int, ranks: int, experts: int) -> range:
+    """The experts of the rank at `place` of an expert group. Raises `UserError` where they cannot share evenly."""
+    if experts % ranks:
+        raise UserError(f"parallel.expert={ranks} must divide model.n_routed_experts={experts}")
+    share = experts // ranks
+    return range(place * share, (place + 1) * share)
 
 
 def _links(mesh: Mesh, groups: Groups, near: int) -> list[Link]:

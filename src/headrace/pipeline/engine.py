@@ -115,6 +115,7 @@ class Engine:
         self.groups = Groups(mesh, timedelta(minutes=10))
         self._dtype = numerics.dtype
         dispatcher = make_dispatcher(mesh, self.groups, numerics.linear, layout)
+        self.dispatch = dispatcher.backend
         schedule = self.schedule(self._microbatches)
         split = split_layers(self.config.num_hidden_layers, schedule.stages, layout.layers)
         self._layers = [len(layers) for layers in split]

@@ -98,6 +98,7 @@ class PipelineStep:
     pipeline: int  # ranks
     data: int
     expert: int
+    dispatch: str  # what tokens travel by to experts on other ranks
     microbatches: int
     layers: tuple[int, ...]  # by pipeline stage
     live_activations: tuple[int, ...]  # by rank, at the peak: of one microbatch on one stage each

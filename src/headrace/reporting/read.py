@@ -114,7 +114,7 @@ def read_training(pretrain: Path, model: ModelConfig) -> Training:
         plan=plan,
         expert_load=_read_load(pretrain / "expert_load.json", model.num_hidden_layers),
         formats=tuple((row["what"], row["format"]) for row in read_json(pretrain / "formats.json")),
-        pipeline_step=_read_timeline(pretrain / "timeline.json", facts["device"]),
+        pipeline_step=_read_timeline(pretrain / "timeline.json", facts),
     )
 
 
@@ -216,7 +216,7 @@ def _read_load(path: Path, first_mtp: int) -> ExpertLoad | None:
     return ExpertLoad(tokens, layers, tuple(zip(tokens, facts["maxvio_mean"], strict=True)))
 
 
-def _read_timeline(path: Path, device: str) -> PipelineStep | None:
+def _read_timeline(path: Path, training: Mapping[str, Any]) -> PipelineStep | None:
     """None where one process trained, or ranks that form no pipeline."""
     if not path.exists() or (facts := read_json(path))["pipeline"] == 1:
         return None
@@ -225,7 +225,8 @@ def _read_timeline(path: Path, device: str) -> PipelineStep | None:
     }
     same |= {key: tuple(facts[key]) for key in ("layers", "live_activations", "receive_buffers")}
     planned, measured = _step_timeline(facts["planned"]), _step_timeline(facts["measured"])
-    return PipelineStep(**same, device=device, planned=planned, measured=measured)
+    same["dispatch"] = training.get("dispatch", "all_to_all")  # all there was when none was recorded
+    return PipelineStep(**same, device=training["device"], planned=planned, measured=measured)
 
 
 def _step_timeline(entry: Mapping[str, Any]) -> StepTimeline:

@@ -177,6 +177,7 @@ class Trainer:
             "precision": "fp8" if self._config.precision.fp8 else self._config.precision.compute,
             "device": self._learner.device.type,
             "ranks": self._learner.mesh.world,
+            "dispatch": self._learner.dispatch,
             "threads": torch.get_num_threads(),
         }
 
