@@ -4,14 +4,15 @@ import sys
 from pathlib import Path
 
 from headrace.corpus.build import build_corpus
-from headrace.stages.corpus_scans import scan_folder, task_items
+from headrace.stages.corpus_scans import scan_folder, sought_items
 from headrace.stages.run import Door, Outcome, Run, main
 
 
 def body(run: Run) -> Outcome:
     """Read, deduplicate, sample and split the sources that the lock names."""
     config, scans = run.config.corpus, scan_folder(run.folder)
-    facts = build_corpus(config, run.lock, run.output, run.log.info, items=task_items(config), scans=scans)
+    items = sought_items(config, run.place)
+    facts = build_corpus(config, run.lock, run.output, run.log.info, items=items, scans=scans)
     summary = {"documents": facts["documents"], "bytes": facts["bytes"]}
     for rule, count in facts["dropped"].items():
         run.log.info("dropped: %d %s", count, rule)
