@@ -83,6 +83,7 @@ def test_the_artifact_is_the_same_byte_for_byte(config: CorpusConfig, tmp_path: 
         "corpus.json",
         "heldout.parquet",
         "pieces.parquet",
+        "quarantine.jsonl",
         "sample.parquet",
         "selection.digests",
         "selection.fates",

@@ -25,12 +25,13 @@ from headrace.corpus.lock import Lock, LockedFile, content_hash
 from headrace.corpus.near_duplicates import SIGNATURE_BYTES, open_signer
 from headrace.corpus.pieces import Piece
 from headrace.corpus.quality import open_filters
+from headrace.corpus.quarantine import Quarantine
 from headrace.corpus.readers import Damaged, Document, read_documents, too_long
 from headrace.corpus.remote import is_remote, look_up
 from headrace.errors import UserError
 from headrace.tracking.progress import progress_on
 
-VERSION = 3  # raised when a scan's meaning changes
+VERSION = 4  # raised when a scan's meaning changes
 DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [
@@ -54,7 +55,8 @@ _RULES_SHOWN = 3
 
 @dataclass
 class Summary:
-    """What a scan says beside its rows: damaged documents by rule, with examples; items found: (documents, share)."""
+    """What a scan says beside its rows and quarantine: damaged documents by rule, with examples; items found:
+    (documents, share)."""
 
     source: str
     inputs: str
@@ -84,12 +86,13 @@ class Scanner:
             return path
         for file in self._lock.files[piece.first : piece.last]:
             verify(file, piece)
-        summary = Summary(piece.source, inputs)
+        summary, aside = Summary(piece.source, inputs), Quarantine()
         buffer = pa.BufferOutputStream()
         writer = pq.ParquetWriter(buffer, SCHEMA, compression="zstd", use_dictionary=["group", "kind", "root", "rule"])
-        for rows in self._batches(piece, summary):
+        for rows in self._batches(piece, summary, aside):
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-        writer.add_key_value_metadata({"headrace": json.dumps(asdict(summary), sort_keys=True)})
+        said = {"headrace": json.dumps(asdict(summary), sort_keys=True)}
+        writer.add_key_value_metadata({**said, **aside.metadata()})
         writer.close()
         write_atomic(path, buffer.getvalue().to_pybytes())
         return path
@@ -110,13 +113,13 @@ class Scanner:
         known = [VERSION, settings, self._fields[piece.source], files, piece.begin, piece.end]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
-    def _batches(self, piece: Piece, summary: Summary) -> Iterator[list[dict[str, Any]]]:
-        """Rows, many at a time; fills in `summary`."""
+    def _batches(self, piece: Piece, summary: Summary, aside: Quarantine) -> Iterator[list[dict[str, Any]]]:
+        """Rows, many at a time; fills in `summary` and `aside`."""
         seen: set[bytes] = set()
         rows: list[dict[str, Any]] = []
         texts: list[str] = []
         size = 0
-        for found, document in self._documents(piece, summary):
+        for found, document in self._documents(piece, summary, aside):
             row = self._row(found, document, seen)
             rows.append(row)
             texts.append("" if row["rule"] else document.text)
@@ -126,8 +129,8 @@ class Scanner:
                 rows, texts, size = [], [], 0
         yield self._searched(rows, texts, summary)
 
-    def _documents(self, piece: Piece, summary: Summary) -> Iterator[tuple[Found, Document]]:
-        """Good documents; damaged ones are counted."""
+    def _documents(self, piece: Piece, summary: Summary, aside: Quarantine) -> Iterator[tuple[Found, Document]]:
+        """Good documents; damaged ones are counted and set aside."""
         good, damaged = 0, Counter[str]()
         field_, most = self._fields[piece.source], self._config.max_document_bytes
         for found, document in read_piece(self._lock, piece, field_, most):
@@ -137,6 +140,7 @@ class Scanner:
                 continue
             damaged[document.rule] += 1
             self._left_out[document.rule] += 1
+            aside.add(piece.source, document)
             if len(summary.examples) < _EXAMPLES:
                 summary.examples.append(str(document))
             if not good:

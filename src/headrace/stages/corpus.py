@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from headrace.corpus.build import build_corpus
+from headrace.corpus.quarantine import QUARANTINE
 from headrace.stages.corpus_scans import scan_folder, sought_items
 from headrace.stages.run import Door, Outcome, Run, main
 
@@ -16,6 +17,8 @@ def body(run: Run) -> Outcome:
     summary = {"documents": facts["documents"], "bytes": facts["bytes"]}
     for rule, count in facts["dropped"].items():
         run.log.info("dropped: %d %s", count, rule)
+    for source, rules in facts["damaged"].items():
+        run.log.info("damaged in %s: %s; see %s", source, rules, QUARANTINE)
     dropped = sum(facts["dropped"].values())
     line = f"{facts['documents']:,} documents, {facts['bytes'] / 1e6:,.1f} MB of text, {dropped:,} dropped"
     return Outcome(line, summary)
