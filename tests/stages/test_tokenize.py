@@ -66,7 +66,9 @@ def test_the_gather_reads_no_shard_and_takes_what_records_name(
         patch.setattr(shards_module, "describe", None)
         assert main(tokenize.DOOR, words) == 0
     manifest = manifests.read(place.artifact)
-    assert sorted(manifest.files) == sorted([*recorded, "dataset.json"])
+    assert sorted(manifest.files) == sorted([*recorded, "dataset.json", "tokenizer.json"])
+    described = json.loads((place.artifact / "dataset.json").read_text())
+    assert described["tokenizer"] == hash_file(place.artifact / "tokenizer.json", "sha256")
     assert [name for name in hashed if name in recorded and not name.endswith(".json")] == []
     for name, entry in manifest.files.items():
         path = place.artifact / name
