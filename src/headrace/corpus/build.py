@@ -8,7 +8,8 @@ configuration alone.
 
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,14 @@ def select_corpus(
         "contamination": {"tasks": sought.by_task(), "found": found.findings.table()} if sought else None,
         "environment": _environment(config),
     }
+
+
+def left_out(facts: Mapping[str, Any]) -> Counter[str]:
+    """Documents that are not in the corpus which `corpus.json` tells of, by rule: dropped ones and damaged ones."""
+    counts = Counter(facts["dropped"])  # which has the environment's damaged ones
+    for source, rules in facts["damaged"].items():
+        counts.update(rules if source != ENVIRONMENT else {})
+    return counts
 
 
 def _dropped(by_rule: dict[str, int], found: Survey) -> dict[str, int]:

@@ -8,6 +8,7 @@ is published in one rename: a killed scan leaves nothing but perhaps a temporary
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from headrace.corpus.quarantine import Quarantine
 from headrace.corpus.readers import Damaged, Document, read_documents, too_long
 from headrace.corpus.remote import is_remote, look_up
 from headrace.errors import UserError
-from headrace.tracking.progress import progress_on
+from headrace.tracking.progress import by_rule, progress_on
 
 VERSION = 4  # raised when a scan's meaning changes
 DIGEST_BYTES = 16
@@ -50,7 +51,6 @@ _HOPELESS = 10_000  # so many such documents and not one good one before them: n
 _WRONG_SETTING = ("no field", "not valid JSON", "not a JSON object", "text is not a string")
 _ROWS = 1 << 17  # rows kept as Python objects at once
 _SEARCHED_BYTES = 4_000_000
-_RULES_SHOWN = 3
 
 
 @dataclass
@@ -73,7 +73,8 @@ class Scanner:
         self._fields = {source.name: source.text_field for source in named_sources(config)}
         self._dropped_by = open_filters(config.quality_filters) if config.quality_filters else None
         self._sign = open_signer(config.near_duplicates) if config.near_duplicates else None
-        self._read, self._left_out = 0, Counter[str]()
+        self._read, self._bytes, self._began = 0, 0, time.monotonic()
+        self._left_out, self._with_items = Counter[str](), 0
 
     def scan(self, piece: Piece, folder: Path) -> Path:
         """Write the scan of a piece into `folder` unless it is there; returns its path.
@@ -99,10 +100,10 @@ class Scanner:
 
     def said(self) -> str:
         """What this scanner has read and left out so far, for people; scans that were there already do not count."""
-        rules = (f"{count:,} {rule}" for rule, count in self._left_out.most_common(_RULES_SHOWN))
-        return ", ".join(
-            [f"{self._read:,} documents read", *(["left out: " + ", ".join(rules)] if self._left_out else [])]
-        )
+        speed = self._bytes / 1e6 / max(1e-9, time.monotonic() - self._began)
+        items = [f"{self._with_items:,} with evaluation items"] if self._with_items else []
+        rules = [f"left out: {by_rule(self._left_out)}"] if self._left_out else []
+        return ", ".join([f"{self._read:,} documents read at {speed:,.1f} MB/s", *items, *rules])
 
     def inputs(self, piece: Piece) -> str:
         """A hash of all that the scan of a piece depends on."""
@@ -160,7 +161,7 @@ class Scanner:
         size = document.unread or len(data)
         digest = hashlib.sha256(data).digest()[:DIGEST_BYTES]
         rule = self._rule(document, size) or ("exact duplicate" if digest in seen else None)
-        self._read += 1
+        self._read, self._bytes = self._read + 1, self._bytes + len(data)
         if rule is None:
             seen.add(digest)
         else:
@@ -187,6 +188,7 @@ class Scanner:
     def _searched(self, rows: list[dict[str, Any]], texts: Sequence[str], summary: Summary) -> list[dict[str, Any]]:
         """The rows, those that contain evaluation items marked."""
         for match in self._items.search(texts) if self._items else ():
+            self._with_items += not rows[match.document]["contaminated"]
             rows[match.document]["contaminated"] = True
             documents, share = summary.items.get(match.item, (0, 0.0))
             summary.items[match.item] = (documents + 1, max(share, match.share))

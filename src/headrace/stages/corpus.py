@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
-from headrace.corpus.build import build_corpus
+from headrace.corpus.build import build_corpus, left_out
 from headrace.corpus.quarantine import QUARANTINE
 from headrace.stages.corpus_scans import scan_folder, sought_items
-from headrace.stages.run import Door, Outcome, Run, main
+from headrace.stages.run import Door, Outcome, Run, main, say
+from headrace.tracking.progress import by_rule
 
 
 def body(run: Run) -> Outcome:
@@ -19,6 +20,8 @@ def body(run: Run) -> Outcome:
         run.log.info("dropped: %d %s", count, rule)
     for source, rules in facts["damaged"].items():
         run.log.info("damaged in %s: %s; see %s", source, rules, QUARANTINE)
+    if rules := left_out(facts):
+        say(run.place, f"left out: {by_rule(rules)}")
     dropped = sum(facts["dropped"].values())
     line = f"{facts['documents']:,} documents, {facts['bytes'] / 1e6:,.1f} MB of text, {dropped:,} dropped"
     return Outcome(line, summary)
