@@ -15,7 +15,7 @@ import pytest
 from headrace.artifacts.files import hash_file
 from headrace.config.compose import load
 from headrace.config.schema import CorpusConfig, SourceConfig
-from headrace.corpus.build import build_corpus
+from headrace.corpus.build import build_corpus, left_out
 from headrace.corpus.contamination import Item
 from headrace.corpus.documents import read_chosen, selected_documents
 from headrace.corpus.lock import Lock, build_lock
@@ -83,6 +83,7 @@ def test_the_artifact_is_the_same_byte_for_byte(config: CorpusConfig, tmp_path: 
         "corpus.json",
         "heldout.parquet",
         "pieces.parquet",
+        "quarantine.jsonl",
         "sample.parquet",
         "selection.digests",
         "selection.fates",
@@ -147,7 +148,7 @@ def test_damage_is_counted_up_to_the_share_that_is_allowed(config: CorpusConfig,
         build(config, tmp_path / "out")
     summary = build(replace(config, max_damaged_fraction=0.01), tmp_path / "more")
     assert summary["documents"] == 120 and summary["dropped"] == {}
-    assert summary["damaged"] == {"files": {"not UTF-8": 1}}
+    assert summary["damaged"] == {"files": {"not UTF-8": 1}} and left_out(summary) == {"not UTF-8": 1}
     assert summary["damaged_examples"] == {"files": ["data/language/3/latin.txt: not UTF-8 (byte 0xfc at offset 2)"]}
 
 
@@ -259,7 +260,7 @@ def test_the_standard_library_as_a_corpus(tmp_path: Path) -> None:
     summary = build(config, tmp_path / "out")
     assert 2_900_000 < summary["bytes"] <= config.max_bytes  # type: ignore[operator]
     documents = rows(config, tmp_path / "out")
-    assert summary["dropped"]["not UTF-8"] > 0
+    assert summary["dropped"]["not UTF-8"] > 0 and left_out(summary) == summary["dropped"]
     english = {row["path"] for split in SPLITS for row in documents[split] if row["kind"] == "english"}
     assert english and all(path.startswith("stdlib/pydoc_data/topics.py#") for path in english)
     assert not english & {row["path"] for split in ("train", "validation") for row in documents[split]}

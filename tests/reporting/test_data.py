@@ -17,6 +17,7 @@ from headrace.config.schema import SourceConfig
 from headrace.corpus.build import build_corpus
 from headrace.corpus.contamination import Item
 from headrace.corpus.lock import build_lock
+from headrace.corpus.quarantine import QUARANTINE
 from headrace.reporting.data import (
     MOST_BARS,
     MOST_ITEMS,
@@ -57,6 +58,7 @@ def corpus_json() -> dict[str, Any]:
         "dropped_by_source": {"web": {"exact duplicate": 1}, "code": {"contaminated": 1, "exact duplicate": 3}},
         "damaged": {"web": {"text is null": 2}},
         "damaged_examples": {"web": ["a.jsonl line 3: text is null"]},
+        "quarantined": 2,
         "contamination": {
             "tasks": {"t": {"items": 9, "unchecked": 2}},
             "found": {"t/1": {"documents": 2, "share": 0.5}, "t/2": {"documents": 1, "share": 1.0}},
@@ -144,6 +146,8 @@ def test_the_page_shows_every_figure(demo_facts: ReportFacts) -> None:
         "near duplicate all 512,345",
         "near duplicate code 345",
         "web not valid JSON 7",
+        "7 of them lie in corpus/",
+        "/artifact/quarantine.jsonl , each with its place and the first 4,096 bytes.",
         "web/&lt;b&gt;.jsonl line 4: not valid JSON &lt;script&gt;fetch(",
         "Found were 30; 37 training documents that contain one were dropped.",
         "humaneval_likelihood/HumanEval/9 ",
@@ -299,6 +303,7 @@ def test_what_was_left_out_is_what_was_wrong_with_the_text(made: Made, data: Dat
     drops = {drop.rule: drop for drop in data.drops}
     assert (drops["exact duplicate"].documents, drops["exact duplicate"].by_source) == (1, {"web": 1})
     (damage,) = data.damaged
+    assert data.quarantined == 1 == len((made.corpus / QUARANTINE).read_bytes().splitlines())
     assert (damage.source, damage.rules) == ("web", {"not valid JSON": 1})
     assert "web.jsonl:6: not valid JSON" in damage.examples[0]
     kept = [

@@ -1,13 +1,20 @@
 """The corpus stage: however often it is stopped, it goes on as long as it gets further."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
+from headrace.config.compose import load
+from headrace.corpus.contamination import Item
 from headrace.corpus.pieces import Piece
 from headrace.corpus.scan import Scanner
+from headrace.corpus.sources import checked_lock
 from headrace.launch.deadline import StopRequested
+from headrace.stages import corpus_scans
 from headrace.stages.corpus import DOOR
+from headrace.stages.lease import Lease
+from headrace.stages.places import places
 from headrace.stages.run import main
 
 FILES = 5
@@ -45,3 +52,37 @@ def test_a_stage_that_gets_no_further_is_stuck(words: list[str], monkeypatch: py
 
     monkeypatch.setattr(Scanner, "scan", stop)
     assert [main(DOOR, words) for _ in range(4)] == [75, 75, 75, 1]
+
+
+def test_jobs_side_by_side_make_the_evaluation_items_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puzzles take seconds to make: the others wait for who makes them, and read what it has written."""
+    words = [*words, "corpus.contamination_tasks=[reasoning_gym]"]
+    config = load(words)
+    place = places(config, checked_lock(config, words)[0].hash)["corpus"]
+    place.folder.mkdir(parents=True)
+    made: list[object] = []
+    items = [Item("reasoning_gym/1", "as many words as it takes"), Item("reasoning_gym/2", "\u2028 \ud800")]
+    monkeypatch.setattr(corpus_scans, "task_items", lambda corpus: (made.append(corpus), items)[1])
+    lease = Lease(place.folder, "items")
+    assert lease.try_acquire() is None  # another job is at it
+    found: list[list[Item]] = []
+    jobs = [
+        threading.Thread(target=lambda: found.append(corpus_scans.sought_items(config.corpus, place)), daemon=True)
+        for _ in range(3)
+    ]
+    for job in jobs:
+        job.start()
+    jobs[0].join(1.0)
+    assert not found and not made
+    lease.release()  # it was killed: nothing is there
+    for job in jobs:
+        job.join(60)
+    assert found == [items] * 3 and made == [config.corpus]
+    assert corpus_scans.sought_items(config.corpus, place) == items and len(made) == 1
+
+
+def test_without_items_none_are_made(words: list[str]) -> None:
+    assert main(DOOR, words) == 0
+    config = load(words)
+    place = places(config, checked_lock(config, words)[0].hash)["corpus"]
+    assert place.artifact.exists() and not (place.folder / corpus_scans.ITEMS).exists()

@@ -1,6 +1,7 @@
 """The gather: it reads no shard again and takes only what records name; a damaged shard is named and made anew."""
 
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -33,10 +34,14 @@ SMALL = (
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
-    """A corpus and a tokenizer that are finished, and a plan."""
     write_texts(tmp_path)
-    source = f"corpus.sources=[{{name: web, paths: [{tmp_path}/texts], text_field: text}}]"
-    words = [*SMALL, source, "recipe.mixture=[{since: 0, weights: {web: 1}}]", f"paths.results={tmp_path}/results"]
+    return prepared(tmp_path)
+
+
+def prepared(folder: Path) -> list[str]:
+    """A corpus and a tokenizer that are finished, and a plan."""
+    source = f"corpus.sources=[{{name: web, paths: [{folder}/texts], text_field: text}}]"
+    words = [*SMALL, source, "recipe.mixture=[{since: 0, weights: {web: 1}}]", f"paths.results={folder}/results"]
     assert [main(stage.DOOR, words) for stage in (corpus, tokenizer)] == [0, 0]
     assert tokenize_plan.BATCHES.main(["00000", *words]) == 0
     return words
@@ -66,7 +71,9 @@ def test_the_gather_reads_no_shard_and_takes_what_records_name(
         patch.setattr(shards_module, "describe", None)
         assert main(tokenize.DOOR, words) == 0
     manifest = manifests.read(place.artifact)
-    assert sorted(manifest.files) == sorted([*recorded, "dataset.json"])
+    assert sorted(manifest.files) == sorted([*recorded, "dataset.json", "tokenizer.json"])
+    described = json.loads((place.artifact / "dataset.json").read_text())
+    assert described["tokenizer"] == hash_file(place.artifact / "tokenizer.json", "sha256")
     assert [name for name in hashed if name in recorded and not name.endswith(".json")] == []
     for name, entry in manifest.files.items():
         path = place.artifact / name
@@ -111,6 +118,21 @@ def test_a_shard_that_another_process_is_making_is_waited_for(words: list[str]) 
     lease.release()
     making.join(60)
     assert len(lines) == 1 and not list(place.folder.glob("shard-*.json"))
+
+
+def test_a_job_tells_its_speed_and_what_the_corpus_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path)
+    (tmp_path / "texts" / "again.txt").write_text((tmp_path / "texts" / "3.txt").read_text())
+    words = prepared(tmp_path)
+    assert "  left out: 1 exact duplicate" in capsys.readouterr().err
+    make_all(words)
+    told = (
+        r"tokenize_shards 00000: tokens ([\d,]+) of \1 \(100 %\), \d+ documents, [\d,]+ tokens/s, the corpus left out: "
+    )
+    assert re.search(told + "1 exact duplicate", capsys.readouterr().err)
+    assert main(tokenize.DOOR, words) == 0  # makes none, so there is no speed
+    found = r"tokenize: tokens ([\d,]+) of \1 \(100 %\), 20 documents, the corpus left out: 1 exact duplicate"
+    assert re.search(found, capsys.readouterr().err)
 
 
 def test_a_mixture_of_one_named_source(words: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import io
 
-from headrace.tracking.progress import Bar, Lines, progress_on
+from headrace.tracking.progress import Bar, Lines, by_rule, progress_on
 
 SAID = "loss 5.123, 9,876 tokens/s"
 
@@ -52,3 +52,11 @@ def test_a_terminal_gets_a_bar_with_what_is_said() -> None:
     assert "10/10" in terminal.getvalue()
     assert SAID in terminal.getvalue()
     assert isinstance(progress_on(io.StringIO(), "pretrain"), Lines)
+
+
+def test_what_was_left_out_is_said_most_first_and_briefly() -> None:
+    counts = {"not UTF-8": 20, "exact duplicate": 1900, "shorter": 3}
+    assert by_rule(counts) == "1,900 exact duplicate, 20 not UTF-8, 3 shorter"
+    assert by_rule({**counts, "a": 1}) == "1,900 exact duplicate, 20 not UTF-8, 3 shorter, 1 a"
+    assert by_rule({**counts, "a": 1, "b": 2}).endswith(", 3 by 2 other rules")
+    assert by_rule({}) == ""

@@ -16,6 +16,7 @@ from headrace.config.values import (
     CLOSED,
     Count,
     Fraction,
+    OfflineTask,
     Positive,
     PositiveFloat,
     ScaleFormat,
@@ -79,7 +80,7 @@ class CorpusConfig:
     max_document_bytes: Positive
     quality_filters: tuple[Literal["gopher_quality", "gopher_repetition", "fineweb_quality"], ...]  # datatrove's
     near_duplicates: NearDuplicatesConfig | None
-    contamination_tasks: tuple[Literal["humaneval_likelihood"], ...]  # whose items must not be in training text
+    contamination_tasks: tuple[OfflineTask, ...]  # whose items must not be in training text
     contamination_items: ItemsFile | None  # items of any other tasks
     max_bytes: Positive | None  # a deterministic sample of at most so many bytes of text; null takes all
     validation_fraction: Share
@@ -262,7 +263,7 @@ class EvaluateConfig:
     """What is measured on the converted model."""
 
     __pydantic_config__ = CLOSED
-    tasks: tuple[Literal["humaneval_likelihood", "reasoning_gym"], ...]  # those that need no network
+    tasks: tuple[OfflineTask, ...]  # those that need no network
     harness: tuple[HarnessTask, ...]  # those that do
     without_network: Literal["refuse", "skip"]  # `harness` where the Hub cannot be reached
     absent: tuple[str, ...]  # what the results say was not measured, and why

@@ -27,6 +27,8 @@ def _check_span(value: int | str) -> int | str:
 TokenSpan = Annotated[int | str, AfterValidator(_check_span)]
 """A number of tokens, or a share of `recipe.tokens` written as '60%'."""
 
+OfflineTask = Literal["humaneval_likelihood", "reasoning_gym"]
+"""A task whose items need no network (`evaluation.items`)."""
 
 ScaleFormat = Literal["fp32", "power_of_two"]
 Schedules = Literal["auto", "1f1b", "interleaved_1f1b", "zb1p", "zb_v", "dualpipe", "dualpipe_v"]

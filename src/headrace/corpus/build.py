@@ -8,7 +8,8 @@ configuration alone.
 
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from headrace.corpus.extract import extract
 from headrace.corpus.listing import ENVIRONMENT
 from headrace.corpus.lock import Lock
 from headrace.corpus.pieces import PIECE_BYTES, pieces
+from headrace.corpus.quarantine import QUARANTINE, write_quarantine
 from headrace.corpus.scan import Scanner, scan_each
 from headrace.corpus.select import run_selecting
 from headrace.corpus.selection import Selection, write_selection
@@ -79,6 +81,7 @@ def select_corpus(
     rules = selecting.rules.names
     counts = tally(found, scans, selecting.fates, rules, out)
     write_selection(out, lock.hash, rules, sum(found.rows), selecting.sample, counts.pieces())
+    quarantined = write_quarantine(out / QUARANTINE, found.with_damage)
     splits = counts.splits()
     return {
         "lock": lock.hash,
@@ -91,9 +94,18 @@ def select_corpus(
         "dropped_by_source": counts.dropped(),
         "damaged": {source: dict(sorted(rules.items())) for source, rules in found.damaged.items()},
         "damaged_examples": found.examples,
+        "quarantined": quarantined,
         "contamination": {"tasks": sought.by_task(), "found": found.findings.table()} if sought else None,
         "environment": _environment(config),
     }
+
+
+def left_out(facts: Mapping[str, Any]) -> Counter[str]:
+    """Documents that are not in the corpus which `corpus.json` tells of, by rule: dropped ones and damaged ones."""
+    counts = Counter(facts["dropped"])  # which has the environment's damaged ones
+    for source, rules in facts["damaged"].items():
+        counts.update(rules if source != ENVIRONMENT else {})
+    return counts
 
 
 def _dropped(by_rule: dict[str, int], found: Survey) -> dict[str, int]:

@@ -33,13 +33,18 @@ def read_items(file: ItemsFile) -> list[Item]:
         raise UserError(
             f"{setting}: its sha256 is {_sha256(data)}, not the one that is set; set it or take the old file"
         )
-    items = [_item(line, f"{setting}: line {number}") for number, line in enumerate(data.splitlines(), 1)]
+    return items_in(data, setting)
+
+
+def items_in(data: bytes, where: str) -> list[Item]:
+    """The items in a file's content; raises `UserError` that begins with `where` for what is no file of items."""
+    items = [_item(line, f"{where}: line {number}") for number, line in enumerate(data.splitlines(), 1)]
     if not items:
-        raise UserError(f"{setting}: it holds no items; `headrace items` writes such a file")
+        raise UserError(f"{where}: it holds no items; `headrace items` writes such a file")
     seen: set[str] = set()
     for number, item in enumerate(items, 1):
         if item.id in seen:
-            raise UserError(f"{setting}: line {number}: the id {item.id!r} stands there twice")
+            raise UserError(f"{where}: line {number}: the id {item.id!r} stands there twice")
         seen.add(item.id)
     return items
 

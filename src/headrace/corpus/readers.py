@@ -47,11 +47,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """What should have been a document: `where` (file and line, row or byte), the `rule` it breaks, and the details."""
+    """What should have been a document: `where` (file and line or row), the `rule` it breaks, the details, and what
+    there is of it as it is in the file."""
 
     where: str
     rule: str
     detail: str
+    raw: bytes = b""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.rule}{f' ({self.detail})' if self.detail else ''}"
@@ -103,7 +105,7 @@ def _read_text(found: Found) -> Iterator[Document | Damaged]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield Damaged(found.name, "not UTF-8", f"byte 0x{data[error.start]:02x} at offset {error.start}")
+        yield Damaged(found.name, "not UTF-8", f"byte 0x{data[error.start]:02x} at offset {error.start}", data)
         return
     if _holds_topics(found):
         for topic, prose in english_topics(text, found.name):
@@ -131,19 +133,19 @@ def _parse(line: bytes, text_field: str, name: str, number: int) -> Document | D
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        return Damaged(where, "not valid JSON", error.msg)
+        return Damaged(where, "not valid JSON", error.msg, line)
     if not isinstance(value, dict):
-        return Damaged(where, "not a JSON object", "")
+        return Damaged(where, "not a JSON object", "", line)
     if text_field not in value:
-        return Damaged(where, f"no field {text_field!r}", f"there are {sorted(value)[:8]}")
-    return _document(value[text_field], f"{name}#{number}", where)
+        return Damaged(where, f"no field {text_field!r}", f"there are {sorted(value)[:8]}", line)
+    return _document(value[text_field], f"{name}#{number}", where, line)
 
 
-def _document(text: Any, path: str, where: str | None = None) -> Document | Damaged:
+def _document(text: Any, path: str, where: str | None = None, raw: bytes = b"") -> Document | Damaged:
     if text is None:
-        return Damaged(where or path, "text is null", "")
+        return Damaged(where or path, "text is null", "", raw)
     if not isinstance(text, str):
-        return Damaged(where or path, "text is not a string", type(text).__name__)
+        return Damaged(where or path, "text is not a string", type(text).__name__, raw)
     return Document(path, "text", text)
 
 
@@ -206,7 +208,10 @@ def _read_parquet(found: Found, text_field: str, groups: range | None) -> Iterat
             while (batch := _parquet(partial(next, batches, None), found.name)) is not None:
                 for text in _texts(batch.column(0)):
                     where = f"{found.name}#{row}"
-                    yield Damaged(where, "not UTF-8", "") if isinstance(text, bytes) else _document(text, where)
+                    if isinstance(text, bytes):
+                        yield Damaged(where, "not UTF-8", "", text)
+                    else:
+                        yield _document(text, where)
                     row += 1
 
 

@@ -8,6 +8,7 @@ is published in one rename: a killed scan leaves nothing but perhaps a temporary
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,12 +26,13 @@ from headrace.corpus.lock import Lock, LockedFile, content_hash
 from headrace.corpus.near_duplicates import SIGNATURE_BYTES, open_signer
 from headrace.corpus.pieces import Piece
 from headrace.corpus.quality import open_filters
+from headrace.corpus.quarantine import Quarantine
 from headrace.corpus.readers import Damaged, Document, read_documents, too_long
 from headrace.corpus.remote import is_remote, look_up
 from headrace.errors import UserError
-from headrace.tracking.progress import progress_on
+from headrace.tracking.progress import by_rule, progress_on
 
-VERSION = 3  # raised when a scan's meaning changes
+VERSION = 4  # raised when a scan's meaning changes
 DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [
@@ -49,12 +51,12 @@ _HOPELESS = 10_000  # so many such documents and not one good one before them: n
 _WRONG_SETTING = ("no field", "not valid JSON", "not a JSON object", "text is not a string")
 _ROWS = 1 << 17  # rows kept as Python objects at once
 _SEARCHED_BYTES = 4_000_000
-_RULES_SHOWN = 3
 
 
 @dataclass
 class Summary:
-    """What a scan says beside its rows: damaged documents by rule, with examples; items found: (documents, share)."""
+    """What a scan says beside its rows and quarantine: damaged documents by rule, with examples; items found:
+    (documents, share)."""
 
     source: str
     inputs: str
@@ -71,7 +73,8 @@ class Scanner:
         self._fields = {source.name: source.text_field for source in named_sources(config)}
         self._dropped_by = open_filters(config.quality_filters) if config.quality_filters else None
         self._sign = open_signer(config.near_duplicates) if config.near_duplicates else None
-        self._read, self._left_out = 0, Counter[str]()
+        self._read, self._bytes, self._began = 0, 0, time.monotonic()
+        self._left_out, self._with_items = Counter[str](), 0
 
     def scan(self, piece: Piece, folder: Path) -> Path:
         """Write the scan of a piece into `folder` unless it is there; returns its path.
@@ -84,22 +87,23 @@ class Scanner:
             return path
         for file in self._lock.files[piece.first : piece.last]:
             verify(file, piece)
-        summary = Summary(piece.source, inputs)
+        summary, aside = Summary(piece.source, inputs), Quarantine()
         buffer = pa.BufferOutputStream()
         writer = pq.ParquetWriter(buffer, SCHEMA, compression="zstd", use_dictionary=["group", "kind", "root", "rule"])
-        for rows in self._batches(piece, summary):
+        for rows in self._batches(piece, summary, aside):
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-        writer.add_key_value_metadata({"headrace": json.dumps(asdict(summary), sort_keys=True)})
+        said = {"headrace": json.dumps(asdict(summary), sort_keys=True)}
+        writer.add_key_value_metadata({**said, **aside.metadata()})
         writer.close()
         write_atomic(path, buffer.getvalue().to_pybytes())
         return path
 
     def said(self) -> str:
         """What this scanner has read and left out so far, for people; scans that were there already do not count."""
-        rules = (f"{count:,} {rule}" for rule, count in self._left_out.most_common(_RULES_SHOWN))
-        return ", ".join(
-            [f"{self._read:,} documents read", *(["left out: " + ", ".join(rules)] if self._left_out else [])]
-        )
+        speed = self._bytes / 1e6 / max(1e-9, time.monotonic() - self._began)
+        items = [f"{self._with_items:,} with evaluation items"] if self._with_items else []
+        rules = [f"left out: {by_rule(self._left_out)}"] if self._left_out else []
+        return ", ".join([f"{self._read:,} documents read at {speed:,.1f} MB/s", *items, *rules])
 
     def inputs(self, piece: Piece) -> str:
         """A hash of all that the scan of a piece depends on."""
@@ -110,13 +114,13 @@ class Scanner:
         known = [VERSION, settings, self._fields[piece.source], files, piece.begin, piece.end]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
-    def _batches(self, piece: Piece, summary: Summary) -> Iterator[list[dict[str, Any]]]:
-        """Rows, many at a time; fills in `summary`."""
+    def _batches(self, piece: Piece, summary: Summary, aside: Quarantine) -> Iterator[list[dict[str, Any]]]:
+        """Rows, many at a time; fills in `summary` and `aside`."""
         seen: set[bytes] = set()
         rows: list[dict[str, Any]] = []
         texts: list[str] = []
         size = 0
-        for found, document in self._documents(piece, summary):
+        for found, document in self._documents(piece, summary, aside):
             row = self._row(found, document, seen)
             rows.append(row)
             texts.append("" if row["rule"] else document.text)
@@ -126,8 +130,8 @@ class Scanner:
                 rows, texts, size = [], [], 0
         yield self._searched(rows, texts, summary)
 
-    def _documents(self, piece: Piece, summary: Summary) -> Iterator[tuple[Found, Document]]:
-        """Good documents; damaged ones are counted."""
+    def _documents(self, piece: Piece, summary: Summary, aside: Quarantine) -> Iterator[tuple[Found, Document]]:
+        """Good documents; damaged ones are counted and set aside."""
         good, damaged = 0, Counter[str]()
         field_, most = self._fields[piece.source], self._config.max_document_bytes
         for found, document in read_piece(self._lock, piece, field_, most):
@@ -137,6 +141,7 @@ class Scanner:
                 continue
             damaged[document.rule] += 1
             self._left_out[document.rule] += 1
+            aside.add(piece.source, document)
             if len(summary.examples) < _EXAMPLES:
                 summary.examples.append(str(document))
             if not good:
@@ -156,7 +161,7 @@ class Scanner:
         size = document.unread or len(data)
         digest = hashlib.sha256(data).digest()[:DIGEST_BYTES]
         rule = self._rule(document, size) or ("exact duplicate" if digest in seen else None)
-        self._read += 1
+        self._read, self._bytes = self._read + 1, self._bytes + len(data)
         if rule is None:
             seen.add(digest)
         else:
@@ -183,6 +188,7 @@ class Scanner:
     def _searched(self, rows: list[dict[str, Any]], texts: Sequence[str], summary: Summary) -> list[dict[str, Any]]:
         """The rows, those that contain evaluation items marked."""
         for match in self._items.search(texts) if self._items else ():
+            self._with_items += not rows[match.document]["contaminated"]
             rows[match.document]["contaminated"] = True
             documents, share = summary.items.get(match.item, (0, 0.0))
             summary.items[match.item] = (documents + 1, max(share, match.share))

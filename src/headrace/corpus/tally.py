@@ -30,6 +30,7 @@ class Survey:
     rows: list[int] = field(default_factory=list)  # of each piece
     damaged: dict[str, Counter[str]] = field(default_factory=dict)  # by source and rule
     examples: dict[str, list[str]] = field(default_factory=dict)  # by source
+    with_damage: list[Path] = field(default_factory=list)  # scans
     findings: Findings = field(default_factory=Findings)
 
     def refuse_damage(self, limit: float) -> None:
@@ -58,6 +59,7 @@ def survey(scans: Sequence[Path]) -> Survey:
         found.sources.append(summary.source)
         found.rows.append(pq.read_metadata(scan).num_rows)
         if summary.damaged:
+            found.with_damage.append(scan)
             found.damaged.setdefault(summary.source, Counter()).update(summary.damaged)
             examples = found.examples.setdefault(summary.source, [])
             examples += summary.examples[: _EXAMPLES - len(examples)]

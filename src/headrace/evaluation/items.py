@@ -113,10 +113,10 @@ def check_names(tasks: tuple[str, ...]) -> None:
 def texts_of(task: str) -> Iterator[tuple[str, str]]:
     """(id, text) of every item of a task that training text must not contain; none of a task that is not known here.
 
-    Raises `UserError` as `take` does: a puzzle's text depends on the words that all of its generator's begin with.
+    Raises `UserError` as `take` does.
     """
     if task == "humaneval_likelihood":
-        for item in humaneval():
+        for item in _as_pinned(task, SOURCES[task]):
             yield f"{task}/{item['id']}", item["prompt"] + item["solution"]
     elif task == "reasoning_gym":
         for id_, text in puzzle_texts(_as_pinned(task, SOURCES[task])):

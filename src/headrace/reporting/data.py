@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.artifacts.files import read_json
+from headrace.corpus.quarantine import DOCUMENT_BYTES, QUARANTINE
 from headrace.reporting.bars import Bar, BarChart, Histogram, bin_name, draw_bars, draw_histogram, filled_bins
 from headrace.reporting.data_facts import (
     Amount,
@@ -55,6 +56,7 @@ def data_of(facts: Mapping[str, Any], dataset: Mapping[str, Any], rows: tuple[Ex
             Damage(source, rules, tuple(facts["damaged_examples"][source]))
             for source, rules in facts["damaged"].items()
         ),
+        quarantined=facts["quarantined"],
         contamination=_contamination(facts),
         sources=_sources(facts["splits"], environment),
         refused=environment["refused"],
@@ -159,6 +161,8 @@ def section(data: Data, corpus: str, dataset: str) -> dict[str, Any]:
         "parity": sum(split.parity_checked for split in data.splits),
         "listed": found[:MOST_ITEMS],
         "unlisted": max(0, len(found) - MOST_ITEMS),
+        "quarantine_file": str(Path(corpus).with_name(QUARANTINE)),
+        "quarantine_bytes": DOCUMENT_BYTES,
         "corpus_file": corpus,
         "dataset_file": dataset,
     }

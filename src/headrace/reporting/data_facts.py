@@ -135,6 +135,7 @@ class Data:
     by: Literal["source", "kind"]  # what `Split.parts` are
     drops: tuple[Drop, ...]
     damaged: tuple[Damage, ...]
+    quarantined: int  # damaged documents that the corpus keeps, as far as they fit
     contamination: Contamination | None  # None: not looked for
     sources: tuple[Source, ...]
     refused: Mapping[str, str]  # source -> why none of it was taken

@@ -33,7 +33,7 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("corpus", keys=("corpus",), parents=(), version=3),
+    Stage("corpus", keys=("corpus",), parents=(), version=4),
     Stage("tokenizer", keys=("tokenizer",), parents=("corpus",), version=1),
     Stage("tokenize", keys=("tokens",), parents=("corpus", "tokenizer"), version=3),
     Stage("pretrain", keys=("model", "precision", "recipe", "train", "seed"), parents=("tokenize",), version=3),

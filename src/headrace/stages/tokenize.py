@@ -19,6 +19,8 @@ from headrace.stages.tokenize_shards import make_shards
 from headrace.tokens.plan import Unit
 from headrace.tokens.shards import DATASET, finish, record_of, recorded_files
 
+TOKENIZER = "tokenizer.json"
+
 
 def body(run: Run) -> Outcome:
     """Finished shards are taken over; the others are made here."""
@@ -30,6 +32,7 @@ def body(run: Run) -> Outcome:
     shards = shard_folder(run.folder)
     dataset = finish(shards, units)
     known = gather(shards, units, run.output)
+    link_or_copy(inputs["tokenizer"] / TOKENIZER, run.output / TOKENIZER)  # `dataset.json` has its sha256
     train = dataset["splits"]["train"]
     summary = {"tokens": train["tokens"], "shards": len(train["shards"])}
     return Outcome(f"{train['tokens']:,} training tokens in {len(train['shards'])} shards", summary, known)

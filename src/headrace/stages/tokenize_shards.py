@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
+from headrace.artifacts.files import read_json
 from headrace.config.schema import Config
+from headrace.corpus.build import left_out
 from headrace.corpus.lock import Lock
 from headrace.stages.batch_names import per_job
 from headrace.stages.batches import Batches, Job, run
@@ -16,7 +18,7 @@ from headrace.stages.run import held
 from headrace.stages.token_units import Documents, encoder_of, planned, shard_folder
 from headrace.tokens.plan import Unit
 from headrace.tokens.shards import make_shard, record_of
-from headrace.tracking.progress import Display, progress_on
+from headrace.tracking.progress import Display, by_rule, progress_on
 
 
 def _units(config: Config, lock: Lock, place: Place) -> Sequence[Unit]:
@@ -33,11 +35,17 @@ def make_shards(job: Job, units: Sequence[Unit], quick: bool = False) -> Iterato
     out.mkdir(exist_ok=True)
     documents = Documents(job.inputs["corpus"], job.lock, job.config)
     encoder = encoder_of(job.inputs["tokenizer"], job.config.tokens)
-    told = _Told(progress_on(name=job.name, unit="tokens"), sum(unit.expected_tokens for unit in units))
+    rules = by_rule(left_out(read_json(job.inputs["corpus"] / "corpus.json")))
+    expected = sum(unit.expected_tokens for unit in units)
+    told = _Told(
+        progress_on(name=job.name, unit="tokens"), expected, f", the corpus left out: {rules}" if rules else ""
+    )
     for unit in units:
-        free = quick and record_of(out, unit).exists()  # nothing will be written, and there may be thousands
+        there = record_of(out, unit).exists()
+        free = quick and there  # nothing will be written, and there may be thousands
+        tell = told.found if there else told.add
         with nullcontext() if free else held(job.place, f"shard-{unit.name}"):
-            record = make_shard(unit, documents.of(unit), encoder, job.config.tokens, out, told.add, quick)
+            record = make_shard(unit, documents.of(unit), encoder, job.config.tokens, out, tell, quick)
         yield f"{unit.name}: {record['documents']} documents, {record['tokens']} tokens, {record['counts']}"
     told.end()
 
@@ -45,22 +53,29 @@ def make_shards(job: Job, units: Sequence[Unit], quick: bool = False) -> Iterato
 class _Told:
     """Adds up what was done and shows it."""
 
-    def __init__(self, display: Display, expected_tokens: int) -> None:
-        self._display, self._expected, self._began = display, expected_tokens, time.monotonic()
-        self._documents = self._tokens = 0
+    def __init__(self, display: Display, expected_tokens: int, rules: str) -> None:
+        self._display, self._expected, self._began, self._rules = display, expected_tokens, time.monotonic(), rules
+        self._documents = self._tokens = self._found = 0
 
     def add(self, documents: int, tokens: int) -> None:
         self._documents += documents
         self._tokens += tokens
         self._show(max(self._expected, self._tokens + 1))  # an estimate never says that it is the end
 
+    def found(self, documents: int, tokens: int) -> None:
+        """A shard is there already: no part of this job's speed, nor of the time left."""
+        self._documents += documents
+        self._tokens += tokens
+        self._found += tokens
+
     def end(self) -> None:
         self._show(self._tokens)
         self._display.close()
 
     def _show(self, total: int) -> None:
-        speed = self._tokens / max(1e-9, time.monotonic() - self._began)
-        self._display.show(self._tokens, total, f"{self._documents:,} documents, {speed:,.0f} tokens/s")
+        made = self._tokens - self._found
+        speed = f", {made / max(1e-9, time.monotonic() - self._began):,.0f} tokens/s" if made else ""
+        self._display.show(self._tokens, total, f"{self._documents:,} documents{speed}{self._rules}")
 
 
 BATCHES = Batches(
