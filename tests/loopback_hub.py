@@ -8,10 +8,11 @@ Repositories of models and (named kernels/owner/name and datasets/owner/name her
 with a parent check, LFS uploads whose hash is checked, branches, tags, trees, downloads with ranges; tokens that may
 write, only read, or are unknown; private repositories that do not exist for strangers;
 pull requests that collect commits on a reference of their own and are merged onto whatever main has become.
+buckets, whose bytes go by Xet into a folder (loopback_buckets.py).
 `hub.fail("POST", "/commit/", 500)` makes the next such request fail
 (`at=3`: the third; `"*"`: of any method). In place of a status: CUT closes the connection before anything is done, LOST
 after it is done and before it is answered, HALF in the middle of the answer. `hub.requests` lists what was asked.
-Not here: comments, Xet (clients need HF_HUB_DISABLE_XET=1), git.
+Not here: comments, Xet in repositories (clients need HF_HUB_DISABLE_XET=1), git.
 """
 
 import base64
@@ -19,6 +20,7 @@ import hashlib
 import json
 import re
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +29,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-from loopback_repository import CUT, HALF, LOST, Blob, Fault, HubError, Pull, Repository
+from loopback_buckets import ROUTES, Bucket, BucketAnswers
+from loopback_pulls import PullAnswers
+from loopback_repository import CUT, HALF, LOST, Blob, Fault, HubError, Repository
 
 _REPO = r"(?P<repo>(?:kernels/|datasets/)?[\w.-]+/[\w.-]+)"
 _LFS_FROM = 1 << 20  # bytes; smaller files are kept in git unless they look binary
@@ -40,6 +44,7 @@ class LoopbackHub:
         self.token, self.read_token = "hf_loopback_write", "hf_loopback_read"
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
+        self.buckets: dict[str, Bucket] = {}
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self._faults: list[Fault] = []
@@ -55,6 +60,8 @@ class LoopbackHub:
         self.storage = f"http://localhost:{port}"  # large files come from another host, as on the Hub
 
     def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory()
+        self.store = self._folder.name
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
         return self
@@ -63,6 +70,7 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        self._folder.cleanup()
 
     def environment(self) -> dict[str, str]:
         """Variables for a subprocess that uses this Hub with the writing token."""
@@ -101,7 +109,7 @@ class LoopbackHub:
         return self.repositories[name]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(BucketAnswers, PullAnswers, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
     state: LoopbackHub
@@ -264,66 +272,6 @@ class _Handler(BaseHTTPRequestHandler):
         listed = {"pullRequests": pulls} if "include_prs" in self.query else {}
         self._json({"branches": branches, "converts": [], "tags": tags, **listed})
 
-    def open_pull(self, repo: str) -> None:
-        repository, wanted = self._writable(repo), json.loads(self.body)
-        number = len(repository.pulls) + 1
-        repository.pulls[number] = Pull(wanted["title"], repository.head)
-        repository.branches[f"refs/pr/{number}"] = repository.head
-        self._json({"num": number})
-
-    def pulls(self, repo: str) -> None:
-        repository, status = self._readable(repo), self.query.get("status", ["all"])[0]
-        found = [self._pull(repo, number) for number in repository.pulls]
-        author = self.query.get("author", [None])[0]
-        found = [pull for pull in found if author in (None, pull["author"]["name"])]
-        shown = [pull for pull in found if status == "all" or (status == "open") == (pull["status"] != "merged")]
-        self._json({"discussions": shown, "count": len(shown), "start": 0})
-
-    def pull(self, repo: str, number: str) -> None:
-        repository = self._readable(repo)
-        if int(number) not in repository.pulls:
-            raise HubError(404, "no such discussion")
-        found = repository.pulls[int(number)]
-        changes = {"base": "refs/heads/main", "mergeCommitId": found.merged}
-        self._json(self._pull(repo, int(number)) | {"events": [], "changes": changes, "filesWithConflicts": []})
-
-    def _pull(self, repo: str, number: int) -> dict[str, Any]:
-        pull = self.state.repositories[repo].pulls[number]
-        kind, _, name = repo.partition("s/") if repo.count("/") == 2 else ("model", "", repo)
-        return {
-            "num": number,
-            "title": pull.title,
-            "status": "merged" if pull.merged else "draft" if pull.draft else "open",
-            "isPullRequest": True,
-            "author": {"name": pull.author},
-            "createdAt": "2026-01-01T00:00:00.000Z",
-            "repo": {"name": name, "type": kind},
-        }
-
-    def set_status(self, repo: str, number: str) -> None:
-        status = json.loads(self.body)["status"]
-        self._writable(repo).pulls[int(number)].draft = False
-        event = {
-            "id": "1",
-            "type": "status-change",
-            "createdAt": "2026-01-01T00:00:00.000Z",
-            "data": {"status": status},
-        }
-        self._json({"newStatus": event})
-
-    def merge(self, repo: str, number: str) -> None:
-        repository = self._writable(repo)
-        pull = repository.pulls[int(number)]
-        if pull.merged or pull.draft:
-            raise HubError(409, "This pull request is merged already, or a draft")
-        base, ours = repository.commits[pull.base], repository.commits[repository.branches[f"refs/pr/{number}"]]
-        files = {
-            path: blob for path, blob in repository.commits[repository.head].items() if path in ours or path not in base
-        }
-        files |= {path: blob for path, blob in ours.items() if base.get(path) != blob}
-        pull.merged = repository.commit(files, pull.title)
-        self._json({})
-
     def tree(self, repo: str, revision: str, folder: str) -> None:
         repository = self._readable(repo)
         oid = repository.resolve(revision)
@@ -377,6 +325,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _API = f"/api/(?:models/)?{_REPO}"
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    *ROUTES,
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),

@@ -3,7 +3,10 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from math import prod
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +27,10 @@ from conversion_models import (
     tokenizer_folder,
 )
 from headrace.conversion.export import export
+from headrace.conversion.hub_config import write_hub_config
 from headrace.conversion.import_hub import import_
+from headrace.conversion.names import hub_tensors, keeps_fp32
+from headrace.conversion.special_tokens import SpecialTokens
 from headrace.errors import UserError
 from headrace.model.initialisation import standard_deviation
 
@@ -159,6 +165,58 @@ def test_a_folder_saved_by_transformers_is_read(tmp_path):
     got = checkpoint_tensors(tmp_path / "back")
     assert got.keys() == tensors.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
+
+
+def test_files_are_bounded_and_hold_the_same_values_however_they_are_cut(original, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    import_(original, whole, {})
+    import_(original, cut, {}, 100_000)
+    files = [path.stat().st_size for path in cut.glob("step-00000000/*.safetensors")]
+    assert len(files) > 5 and max(files) < 100_000 + 20_000  # and a header
+    one, other = checkpoint_tensors(whole), checkpoint_tensors(cut)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+MEMORY = r"""
+import re, sys
+from pathlib import Path
+from headrace.conversion.import_hub import import_
+
+def peak():
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+small, large, out = map(Path, sys.argv[1:4])
+import_(small, out / "small", {}, 1 << 20)
+before = peak()
+import_(large, out / "large", {}, int(sys.argv[4]))
+print(peak() - before)
+"""
+
+
+def with_holes(folder, config):
+    """A BF16 folder of zeros that takes no room on the disk; returns the bytes of its checkpoint."""
+    folder.mkdir()
+    header, end = {}, 0
+    for tensor in hub_tensors(config):
+        dtype, width = ("F32", 4) if keeps_fp32(tensor.name) else ("BF16", 2)
+        begin, end = end, end + prod(tensor.shape) * width
+        header[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(write_hub_config(config, "bf16", SpecialTokens(0, 1, None), None)))
+    return sum(prod(tensor.shape) * 4 for tensor in hub_tensors(config) if not tensor.copy)
+
+
+def test_memory_is_one_file_and_one_tensor_whatever_the_models_size(original, tmp_path):
+    config = tiny_model(hidden_size=256, moe_intermediate_size=1024, n_routed_experts=32)
+    size, shard, tensor = with_holes(tmp_path / "large", config), 16 << 20, 4 * 256 * 1024
+    command = [sys.executable, "-c", MEMORY, str(original), str(tmp_path / "large"), str(tmp_path), str(shard)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert size > 10 * shard and int(done.stdout) < shard + 3 * tensor + (4 << 20), (size, done.stdout)
 
 
 def shard_with(hub, tensor):

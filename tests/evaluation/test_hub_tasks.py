@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
@@ -309,6 +311,34 @@ def test_whether_the_hub_answers_is_asked_once_and_shortly(monkeypatch: pytest.M
         port = nobody.getsockname()[1]
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
     assert not REACHABLE()
+
+
+STANDINS: dict[str, tuple[dict[str, str], str, str]] = {  # of a line of its data: prompt and answer
+    "squad_completion": ({"text": "the lazy dog is called ", "value": "fox"}, "the lazy dog is called", " fox"),
+    "arithmetic": (
+        {"context": "Q: What is 3 plus 4?\n\nA:", "completion": " 7"},
+        "Question: What is 3 plus 4?\nAnswer:",
+        " 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STANDINS)
+def test_tasks_of_other_kinds_in_the_sets_give_gold_answers(
+    name: str, model: ScorerLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the installed harness defines them, one as a class, one as ten tasks; their data are stood in for."""
+    line, prompt, answer = STANDINS[name]
+    data = datasets.DatasetDict({"validation": datasets.Dataset.from_list([line])})
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    (task,) = (task for task in load_config(["evaluate=early_signal"]).evaluate.harness if task.task == name)
+    loaded, skipped = hub_tasks.load([task], "refuse")
+    summaries, entries = hub_tasks.run(loaded, 5, model, 300, 0)
+    assert skipped == {} and summaries[name]["metric"] == "bits per byte of the right answer"
+    assert len(entries) == summaries[name]["items"] == (10 if name == "arithmetic" else 1)
+    (found,) = model.loglikelihood([Instance("loglikelihood", line, (prompt, answer), 0)])
+    for entry in entries:
+        assert entry["nats"] == pytest.approx(-found.log_likelihood, abs=1e-5) and entry["bytes"] == len(answer)
 
 
 SIX = ("LiveCodeBench-Base", "CMath", "CLUEWSC", "CMRC", "C3", "CCPM")

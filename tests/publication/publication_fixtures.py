@@ -79,6 +79,7 @@ def emptied(hub: LoopbackHub) -> None:
     """The Hub as it began."""
     hub.repositories.clear()
     hub.objects.clear()
+    hub.buckets.clear()
 
 
 def failing(hub: LoopbackHub, publish: Callable[[], object], fault: int | str, at: int) -> Exception | None:

@@ -12,6 +12,7 @@ from headrace.stages import provenance, publish
 from headrace.stages.places import Place, places
 from headrace.stages.run import Door, Outcome, Run, main
 from publication.publication_fixtures import card_facts, local_files, model_folder
+from saved import put
 
 STAGES = ("corpus", "tokenizer", "tokenize", "pretrain", "convert", "evaluate")
 CLEAN, DIRTY = ({"commit": "abc", "dirty": dirty, "diff": None} for dirty in (False, True))
@@ -116,3 +117,25 @@ def test_clean_code_is_pushed_and_a_fingerprint_that_is_there_is_said_to_be(stag
     assert "which holds this fingerprint already: nothing to do" in capfd.readouterr().err
     again = stage.told("publish.repo_id=me/it")
     assert again == first | {"changed": False} and hub.repositories["me/it"].messages == messages
+
+
+def test_kept_checkpoints_are_listed_by_a_dry_run_and_pushed_with_the_model(stage, hub, capfd):
+    wanted = ["publish.checkpoints=me/kept"]
+    assert stage.run(*wanted) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "publish.checkpoints=me/kept: " in line and "holds none" in line
+    trained = stage.place("pretrain")
+    for step in (10, 20):
+        put(trained.folder / "checkpoints", step)
+    files = {name: data for name, data in local_files(trained.folder).items() if name.startswith("checkpoints/")}
+    assert stage.run(*wanted) == 0
+    shown = [line.split() for line in capfd.readouterr().err.splitlines() if line.startswith("  ")]
+    listed = {name: int(size.replace(",", "")) for size, name in shown if name.startswith("checkpoints/")}
+    assert listed == {name: len(data) for name, data in files.items()} and hub.requests == []
+    assert stage.told(*wanted)["checkpoints"] == {}
+    wanted.append("publish.repo_id=me/it")
+    assert stage.run(*wanted) == 0
+    assert "; 2 of 2 checkpoints new in me/kept" in capfd.readouterr().err
+    assert stage.told(*wanted)["checkpoints"] == {"step-00000010": "pushed", "step-00000020": "pushed"}
+    there = {f"{trained.fingerprint}{name.removeprefix('checkpoints')}": data for name, data in files.items()}
+    assert hub.buckets["me/kept"].files == there

@@ -112,7 +112,7 @@ class Writer:
         paths = {kind: staging / f"{kind}-{self._rank:05d}.safetensors" for kind in plans}
         try:
             retried(lambda: staging.mkdir(parents=True, exist_ok=True), str(staging))
-            files = {kind: _write(path, plans[kind], as_bytes(contents[kind])) for kind, path in paths.items()}
+            files = {kind: write_planned(path, plans[kind], as_bytes(contents[kind])) for kind, path in paths.items()}
             retried(lambda: sync_folder(staging), str(staging))
             self._status = Status(step, token, "written", files)
         except BaseException as error:
@@ -209,7 +209,7 @@ def _allocate(size: int, pinned: bool) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
 
-def _write(path: Path, plan: FilePlan, data: memoryview) -> dict[str, Any]:
+def write_planned(path: Path, plan: FilePlan, data: memoryview) -> dict[str, Any]:
     """Write a file and verify what can be read back; what `publish` has to know of it."""
     with ThreadPoolExecutor(1) as beside:
         said = beside.submit(plan.described, path.name, data)

@@ -285,6 +285,7 @@ class PublishConfig:
     dataset: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # data set repository for the tokens
     dataset_view: Literal["arrow", "megatron"]
     cache: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # data set repository for the run's artifacts
+    checkpoints: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # bucket for the kept checkpoints
     license: str  # an SPDX identifier or 'other', for the model card
     title: str
     allow_dirty: bool  # push what code with uncommitted changes has made

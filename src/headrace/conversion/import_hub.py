@@ -10,26 +10,43 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from headrace.artifacts import manifest as manifests
-from headrace.checkpoint.weights_only import write_weights
+from headrace.checkpoint.weights_only import Part, write_weights
 from headrace.config.schema import ModelConfig
 from headrace.conversion.hub_folder import open_hub_folder
-from headrace.conversion.names import checkpoint_shapes
+from headrace.conversion.names import HubTensor, checkpoint_shapes
+from headrace.errors import UserError
 
 
-def import_(hub_folder: Path, checkpoints: Path, state: Mapping[str, Any]) -> ModelConfig:
+def import_(
+    hub_folder: Path, checkpoints: Path, state: Mapping[str, Any], max_shard_bytes: int = 5_000_000_000
+) -> ModelConfig:
     """Write the checkpoint of step 0 (FP32, experts stacked) under `checkpoints`; returns the Hub folder's network.
 
-    What stops half way leaves nothing: `checkpoints` is of this import alone.
-    state: what is kept beside the weights, JSON. Memory: one tensor of the Hub layout. Raises `UserError` for whatever
-    `open_hub_folder` and `HubFolder.values` refuse, and for copies that differ.
+    state: what is kept beside the weights, JSON; another for another folder, since an attempt goes on where one with
+    the same state was killed. Memory: one file of the checkpoint and one tensor of the Hub layout. Raises `UserError`
+    for whatever `open_hub_folder` and `HubFolder.read` refuse, and for copies that differ; then nothing is left.
     """
     folder = open_hub_folder(hub_folder, released=True)
     folder.check_copies()
-    placed = ((tensor.source, (tensor.expert or 0) * prod(tensor.shape), values) for tensor, values in folder.values())
+    wanted = {_part(tensor): tensor for tensor in folder.tensors if not tensor.copy}
     try:
-        write_weights(checkpoints, checkpoint_shapes(folder.config), placed, state)
-    except BaseException:
+        write_weights(
+            checkpoints,
+            checkpoint_shapes(folder.config),
+            wanted,
+            lambda part: folder.read(wanted[part]).to(torch.float32),
+            state,
+            max_shard_bytes,
+        )
+    except UserError:
         manifests.discard(checkpoints)
         raise
     return folder.config
+
+
+def _part(tensor: HubTensor) -> Part:
+    size = prod(tensor.shape)
+    return Part(tensor.source, (tensor.expert or 0) * size, size)

@@ -38,6 +38,10 @@ _DATASET: tuple[tuple[str, int], ...] = (
     (r"headrace\.json|dataset\.json", 64 * MIB),
     (r"data/[a-z0-9][\w.-]{0,200}\.(?:arrow|bin|idx)", 50 * GIB),
 )
+_CHECKPOINT: tuple[tuple[str, int], ...] = (
+    (r"(?:manifest|slices|state)\.json", 256 * MIB),
+    (r"(?:model|optimizer|ema)-\d{5,}\.safetensors", 50 * GIB),
+)
 CODE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".joblib", ".sh")
 _MAX_FILES = 10_000
 _MAX_DEPTH = 100  # of nested JSON; Python itself gives up near 1000
@@ -65,6 +69,11 @@ def inspect_dataset(folder: Path) -> list[str]:
     if "README.md" not in names or not any(name.startswith("data/") for name in names):
         raise UserError(f"{folder}: publish: no data set here (README.md and data/ are needed)")
     return names
+
+
+def inspect_checkpoint(folder: Path) -> list[str]:
+    """The files of a training checkpoint, all of which may go out, as `inspect`."""
+    return _inspect(folder, _CHECKPOINT)
 
 
 def _inspect(folder: Path, allowed: tuple[tuple[str, int], ...]) -> list[str]:
@@ -130,6 +139,8 @@ def _check_content(path: Path, name: str) -> None:
         raise _refusal(path, "is no JSON object")
     if name == "tokenizer.json":
         value = {key: item for key, item in value.items() if key not in ("model", "added_tokens")}
+    if name == "state.json":
+        value = {key: item for key, item in value.items() if key != "random"}  # states of generators, in base64
     if wrong := keys_problem(value, private="config" in name):
         raise _refusal(path, wrong)
     _check_entropy(path, json.dumps(value, ensure_ascii=False))

@@ -5,16 +5,16 @@
 
 It lies in `results/import/<fingerprint>/`, known by its source: `checkpoints/step-00000000`, weights alone, and
 `imported.json`, the network and the hash of the tokenizer whose tokens the embedding means. Whatever is refused is
-refused before anything is written; what fails later leaves nothing.
+refused before anything is written. An import that was killed goes on behind the files it has finished.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import hash_file, read_json, write_json
-from headrace.checkpoint.reader import at_step
+from headrace.checkpoint.reader import at_step, steps
+from headrace.checkpoint.writer import clear_leftovers
 from headrace.config.compose import group_to_dict
 from headrace.config.schema import Config, ModelConfig
 from headrace.errors import UserError
@@ -32,6 +32,7 @@ _OF_NO_MATTER = {"initializer_range", "max_position_embeddings"}  # to weights t
 def import_source(named: str, config: Config) -> Path:
     """Import a folder or repository, or verify the import of it that is there; returns its folder under `results`.
 
+    Files of the checkpoint have at most `convert.max_shard_bytes` of weights, or one tensor that alone is larger.
     Raises `UserError` for whatever a model's folder must not hold, and for one without a tokenizer.
     """
     from headrace.conversion.hub_folder import open_hub_folder
@@ -47,11 +48,13 @@ def import_source(named: str, config: Config) -> Path:
     place = Place(KIND, of, Path(config.paths.results) / KIND / fingerprint(of))
     place.folder.mkdir(parents=True, exist_ok=True)
     with held(place):
-        if (place.folder / FACTS).exists():
-            at_step(place.folder / CHECKPOINTS, 0).verify()
-            return place.folder
-        manifests.discard(place.folder / CHECKPOINTS)  # of an attempt that was killed
-        import_(source.folder, place.folder / CHECKPOINTS, {"fingerprint": place.fingerprint, "slice": of})
+        checkpoints = place.folder / CHECKPOINTS
+        if 0 in steps(checkpoints):
+            at_step(checkpoints, 0)  # verifies every byte
+            clear_leftovers(checkpoints)  # of an attempt that was killed when all was done
+        else:
+            state = {"fingerprint": place.fingerprint, "slice": of}
+            import_(source.folder, checkpoints, state, config.convert.max_shard_bytes)
         write_json(place.folder / "stage.json", of)
         write_json(place.folder / FACTS, facts)
     return place.folder

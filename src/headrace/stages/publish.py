@@ -2,7 +2,8 @@
 
 Without `publish.repo_id` this is a dry run: the exact tree that would go out is written and listed, nothing is sent.
 Where `publish.dataset` names a data set repository, the token shards go there. Where `publish.cache` names one, so do
-the artifacts of all stages before this one, for other machines to fetch (`launch.fetch`) instead of making them.
+the artifacts of all stages before this one, for other machines to fetch (`launch.fetch`) instead of making them. Where
+`publish.checkpoints` names a bucket, the checkpoints that training has kept are listed, and pushed with the model.
 """
 
 import sys
@@ -22,6 +23,7 @@ from headrace.errors import UserError
 from headrace.planning.describe import run_flops
 from headrace.planning.parameters import count
 from headrace.publication.cache import Stored, store
+from headrace.publication.checkpoints import kept_checkpoints, push_checkpoints
 from headrace.publication.facts import CardFacts, DataSource, Measurement
 from headrace.publication.hub import DATASET, KERNEL, push
 from headrace.publication.kernels import KernelRepository, build_kernel_repositories, sources
@@ -32,6 +34,7 @@ from headrace.stages.cache import files_of
 from headrace.stages.convert import trained_state
 from headrace.stages.evaluate import rows_read
 from headrace.stages.imported import origin
+from headrace.stages.pretrain import checkpoints
 from headrace.stages.run import Door, Outcome, Run, main
 
 PUBLICATION = "publication.json"
@@ -48,6 +51,7 @@ def body(run: Run) -> Outcome:
     files = build_repository(repository, run.input("convert"), card_facts(run), results=results)
     owner = settings.kernels
     kernels = build_kernel_repositories(run.output / "kernels", owner, sources()) if owner else []
+    kept = _kept(run, settings.checkpoints) if settings.checkpoints else []
     listed = [_kernel_facts(one) for one in kernels]
     facts: dict[str, Any] = {"repo_id": settings.repo_id, "commit": None, "tag": None, "files": files}
     where = "local folder"
@@ -62,13 +66,20 @@ def body(run: Run) -> Outcome:
         listed = [known | _push_kernel(one, settings.private) for known, one in zip(listed, kernels, strict=True)]
     else:
         print_tree(run.output, [repository, *(one.folder for one in kernels)])
+        print_tree(run.parents["pretrain"].folder, kept)
     if kernels:
         where += f"; {len(kernels)} kernel repositories of {owner}"
     data = _push_dataset(run, settings.dataset) if settings.dataset else None
     cached = _store(run, settings.cache) if settings.cache else {}
     if cached:
         where += f"; {list(cached.values()).count('pushed')} of {len(cached)} artifacts new in {settings.cache}"
-    write_json(run.output / PUBLICATION, {**facts, "kernels": listed, "dataset": data, "cache": cached})
+    stored: dict[str, Stored] = {}
+    if settings.checkpoints and settings.repo_id:
+        entry = run.parents["pretrain"].fingerprint
+        stored = push_checkpoints(settings.checkpoints, entry, kept, private=settings.private)
+        where += f"; {list(stored.values()).count('pushed')} of {len(kept)} checkpoints new in {settings.checkpoints}"
+    others = {"kernels": listed, "dataset": data, "cache": cached, "checkpoints": stored}
+    write_json(run.output / PUBLICATION, {**facts, **others})
     size = sum(path.stat().st_size for path in repository.rglob("*") if path.is_file())
     summary = {"repo_id": settings.repo_id, "files": len(files), "bytes": size}
     return Outcome(f"{len(files)} files, {size / 1e6:,.1f} MB, {where}", summary)
@@ -82,6 +93,13 @@ def _refuse_dirty(settings: PublishConfig) -> None:
             f"{named}: the code that made this has uncommitted changes; commit them and run it again, or set "
             "publish.allow_dirty=true"
         )
+
+
+def _kept(run: Run, bucket: str) -> list[Path]:
+    folder = checkpoints(run.parents["pretrain"].folder)
+    if found := kept_checkpoints(folder):
+        return found
+    raise UserError(f"publish.checkpoints={bucket}: {folder} holds none; publish where the run was trained")
 
 
 def print_tree(output: Path, folders: Sequence[Path]) -> None:
