@@ -18,6 +18,7 @@ from pipeline_runs import (
     documents,
     engine,
     gradients,
+    present,
     reference,
     reference_step,
     rows,
@@ -122,18 +123,8 @@ def test_documents_that_do_not_see_each_other_give_the_gradients_of_the_whole_mo
     losses = running.step(batch, MTP, ALPHA, "step 1")
     assert torch.equal(losses.counts, counts)
     assert distance(gradients(running), {name: parameter.grad for name, parameter in model.named_parameters()}) < 1e-12
-    there = [_present(batch, ahead) / batch[:, ahead : ahead + 16].numel() for ahead in (1, 2)]
-    assert losses.main.item() == pytest.approx(theirs[0] / there[0], rel=1e-12)
-    assert losses.mtp.item() == pytest.approx(theirs[1] / there[1], rel=1e-12)
-
-
-def _present(batch, ahead):
-    """Places whose target is a token of their own document, counted one by one."""
-    return sum(
-        IGNORED not in (target := row[place + 1 : place + ahead + 1]) and EOS not in [row[place], *target[:-1]]
-        for row in batch.tolist()
-        for place in range(16)
-    )
+    assert losses.main.item() == pytest.approx(theirs[0] / present(batch, 1), rel=1e-12)
+    assert losses.mtp.item() == pytest.approx(theirs[1] / present(batch, 2), rel=1e-12)
 
 
 def test_documents_are_apart_in_validation_and_rows_are_scored_as_one_text():
