@@ -108,7 +108,7 @@ def test_a_pair_starts_from_the_same_weights(data: list[str]) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize(("masked", "eos"), [("false", None), ("true", 0)])
+@pytest.mark.parametrize(("masked", "eos"), [("false", None), ("true", 1)])
 def test_documents_are_kept_apart_as_in_pretrain(
     masked: str, eos: int | None, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
