@@ -9,6 +9,7 @@ from headrace.config.compose import load
 from headrace.fp8.numerics import Numerics
 from headrace.model.dispatch import LocalDispatcher
 from headrace.model.initialisation import initialise, initialise_parameters
+from headrace.model.loss import IGNORED
 from headrace.model.transformer import Transformer
 from headrace.parallel.channel import InlineChannel
 from headrace.parallel.mesh import Mesh
@@ -56,6 +57,29 @@ def rows(config, step=0, count=8):
     """Random tokens [count, L]."""
     generator = torch.Generator().manual_seed(100 + step)
     return torch.randint(0, config.model.vocab_size, (count, config.recipe.sequence_length + 2), generator=generator)
+
+
+EOS = 1
+
+
+def documents(config):
+    """Rows [8, L] of a few documents each; two rows end early."""
+    batch = rows(config).clamp(min=EOS + 1)
+    generator = torch.Generator().manual_seed(7)
+    batch[torch.rand(batch.shape, generator=generator) < 0.15] = EOS
+    for row, end in zip(batch, (16, 11, 16, 5), strict=False):
+        row[end - 1], row[end:] = EOS, IGNORED
+    return batch
+
+
+def present(batch, ahead):
+    """The share of places [8, 16] whose target is a token of their own document, counted one by one."""
+    found = [
+        IGNORED not in (target := row[place + 1 : place + ahead + 1]) and EOS not in [row[place], *target[:-1]]
+        for row in batch.tolist()
+        for place in range(16)
+    ]
+    return sum(found) / len(found)
 
 
 def lessons(config, step, count=8):
@@ -118,13 +142,13 @@ def reference(config, numerics):
     return model
 
 
-def reference_step(model, batch, size=1):
+def reference_step(model, batch, size=1, eos=None):
     """Losses (main, MTP, balance) and counts of one step by plain autograd; gradients in `.grad`."""
     parts = torch.split(batch, size)
     sums, counts = torch.zeros(3, dtype=torch.float64), 0
     with model.store.accumulating():
         for part in parts:
-            losses = model.losses(part, MTP, ALPHA)
+            losses = model.losses(part, MTP, ALPHA, eos)
             (losses.total / len(parts)).backward()
             sums += torch.stack([losses.main, losses.mtp, losses.balance]).detach().double() / len(parts)
             counts = counts + losses.counts

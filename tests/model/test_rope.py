@@ -1,6 +1,7 @@
 """Rotary embedding against complex multiplication, YaRN against the published constants."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -40,6 +41,29 @@ def test_heads_equal_complex_rotation_with_gradients(tokens):
         torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=1e-6)
     for ours, reference in zip((q, kv, k_rope), inputs64, strict=True):
         torch.testing.assert_close(ours.grad.double(), reference.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_positions_begin_anew_with_each_document():
+    torch.manual_seed(0)
+    config = peers.random_config(1)  # YaRN
+    plain, rotated, bounds = config.qk_nope_head_dim, config.qk_rope_head_dim, [0, 1, 5, 9]
+    inputs = [torch.randn(2, 9, 3, width) for width in (plain + rotated, plain + 5)] + [torch.randn(2, 9, rotated)]
+    starts = torch.tensor([[0, 1, 1, 1, 1, 5, 5, 5, 5], [0] * 9])
+
+    def results(tokens, starts=None, row=slice(None)):
+        given = [tensor[row, tokens].clone().requires_grad_() for tensor in inputs]
+        rotation = rope.rotation(config, given[0].shape[1], torch.device("cpu"), starts)
+        outs = rope.heads(*given, rotation, 0.37)
+        return [
+            *(out.transpose(1, 2) for out in outs),
+            *torch.autograd.grad(sum(o.square().sum() for o in outs), given),
+        ]
+
+    together = results(slice(None), starts)
+    assert all(torch.equal(found[1:], one) for found, one in zip(together, results(slice(None), row=[1]), strict=True))
+    for piece in itertools.starmap(slice, itertools.pairwise(bounds)):
+        for found, one in zip(together, results(piece, row=[0]), strict=True):
+            assert torch.equal(found[:1, piece], one)
 
 
 def test_products_depend_on_distance_only():

@@ -9,16 +9,19 @@ from headrace.errors import UserError
 from headrace.fp8.numerics import Numerics
 from pipeline_runs import (
     ALPHA,
+    EOS,
     MTP,
     SCHEDULES,
     configuration,
     distance,
+    documents,
     engine,
     figures,
     gradients,
     layout,
     local,
     numerics_of,
+    present,
     reference,
     reference_step,
     reference_train,
@@ -61,18 +64,34 @@ def compare(rank, world):
     return found
 
 
-def _expected(compute):
+def apart(rank, world):
+    """The same in float64 for rows whose documents do not see each other."""
+    expected = _expected("fp64", EOS)
+    cases = {
+        name: parallel for name, (ranks, compute, parallel) in CASES.items() if (ranks, compute) == (world, "fp64")
+    }
+    return {name: _compare(rank, "fp64", parallel, expected, EOS) for name, parallel in cases.items()}
+
+
+def _expected(compute, eos=None):
     config = configuration()
     model = reference(config, numerics_of(compute, config))
-    losses, counts = reference_step(model, rows(config))
-    return losses, counts, {name: parameter.grad for name, parameter in model.named_parameters()}
+    batch = _batch(config, eos)
+    (main, mtp, balance), counts = reference_step(model, batch, eos=eos)
+    if eos is not None:  # the engine's are means over the targets that are there
+        main, mtp = main / present(batch, 1), mtp / present(batch, 2)
+    return [main, mtp, balance], counts, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def _compare(rank, compute, parallel, expected):
+def _batch(config, eos):
+    return rows(config) if eos is None else documents(config)
+
+
+def _compare(rank, compute, parallel, expected, eos=None):
     config = configuration(**parallel)
     numerics = numerics_of(compute, config)
-    running = engine(config, numerics, rank)
-    losses = running.step(local(running, rows(config)), MTP, ALPHA, "step 1")
+    running = engine(config, numerics, rank, eos=eos)
+    losses = running.step(local(running, _batch(config, eos)), MTP, ALPHA, "step 1")
     norm, found = running.reduction.norm().item(), gradients(running)
     running.close()
     if rank:
@@ -105,7 +124,7 @@ def _halves(config, numerics):
 
 def everything(rank, world):
     """All that is asked of so many ranks in one start of them, which takes longer than most of it."""
-    return {part.__name__: part(rank, world) for part in (compare, score, learn)}
+    return {part.__name__: part(rank, world) for part in (compare, apart, score, learn)}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +148,14 @@ def test_every_schedule_and_layout_gives_the_gradients_of_one_process(started, c
     assert found["counts"]
     assert found["losses"] < LIMIT[compute]
     assert found["gradients"] < LIMIT[compute]
+
+
+@pytest.mark.parametrize("case", [case for case, (_, compute, _) in CASES.items() if compute == "fp64"])
+def test_documents_that_do_not_see_each_other_give_the_gradients_of_one_process(started, case):
+    found = started(CASES[case][0])[0]["apart"][case]
+    assert found["counts"]
+    assert found["losses"] < LIMIT["fp64"]
+    assert found["gradients"] < LIMIT["fp64"]
 
 
 @pytest.mark.parametrize("compute", LIMIT)

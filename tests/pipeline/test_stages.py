@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from headrace.config.schema import RecomputeConfig
 from headrace.fp8.numerics import Numerics
 from headrace.model.loss import IGNORED, inputs_of
 from headrace.model.transformer import Transformer
@@ -10,10 +11,14 @@ from headrace.pipeline.overlap import Weights, run
 from headrace.pipeline.stages import Microbatch, Results, StagePass, split_layers
 from pipeline_runs import (
     ALPHA,
+    EOS,
     MTP,
     configuration,
     distance,
+    documents,
     engine,
+    gradients,
+    present,
     reference,
     reference_step,
     rows,
@@ -107,3 +112,27 @@ def test_losses_are_means_over_the_targets_that_are_there():
     measured = engine(config, numerics).measure(batch, "the validation")
     torch.testing.assert_close(measured.main, found.main)
     torch.testing.assert_close(measured.mtp, found.mtp)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_documents_that_do_not_see_each_other_give_the_gradients_of_the_whole_model(recompute):
+    config, batch = configuration(), documents(configuration())
+    numerics = Numerics("fp64", None, RecomputeConfig(recompute, recompute, recompute))
+    running, model = engine(config, numerics, eos=EOS), reference(config, numerics)
+    theirs, counts = reference_step(model, batch, eos=EOS)
+    losses = running.step(batch, MTP, ALPHA, "step 1")
+    assert torch.equal(losses.counts, counts)
+    assert distance(gradients(running), {name: parameter.grad for name, parameter in model.named_parameters()}) < 1e-12
+    assert losses.main.item() == pytest.approx(theirs[0] / present(batch, 1), rel=1e-12)
+    assert losses.mtp.item() == pytest.approx(theirs[1] / present(batch, 2), rel=1e-12)
+
+
+def test_documents_are_apart_in_validation_and_rows_are_scored_as_one_text():
+    config, batch, numerics = configuration(), documents(configuration()), Numerics("fp64")
+    apart, together = engine(config, numerics, eos=EOS), engine(config, numerics)
+    trained, measured = apart.step(batch, MTP, ALPHA, "step 1"), apart.measure(batch, "the validation")
+    torch.testing.assert_close(measured.main, trained.main)
+    torch.testing.assert_close(measured.mtp, trained.mtp)
+    assert abs(measured.main - together.measure(batch, "the validation").main) > 1e-4
+    rows = inputs_of(batch)[:, :17]
+    assert torch.equal(*(running.token_log_probabilities(rows, "scores") for running in (apart, together)))

@@ -16,6 +16,7 @@ import torch
 
 from headrace.config.compose import load
 from headrace.corpus.sources import known_lock
+from headrace.errors import UserError
 from headrace.stages import precision_study
 from headrace.stages.places import Place, places
 from headrace.stages.precision_study import DOOR, steps_done
@@ -105,6 +106,22 @@ def test_a_pair_starts_from_the_same_weights(data: list[str]) -> None:
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[2], weights[3])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(("masked", "eos"), [("false", None), ("true", 1)])
+def test_documents_are_kept_apart_as_in_pretrain(
+    masked: str, eos: int | None, data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int | None] = []
+
+    def build(*_: object, eos: int | None, **__: object) -> None:
+        given.append(eos)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(precision_study, "build_engine", build)
+    words = [*data, f"train.mask_documents={masked}", "seed.init=77"]  # a study that no other test makes
+    assert main(DOOR, words) == 2
+    assert given == [eos]
 
 
 def test_the_same_format_twice_differs_by_nothing(data: list[str]) -> None:

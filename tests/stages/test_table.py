@@ -15,6 +15,7 @@ from headrace.stages.table import (
     fingerprints,
     parents_of,
     readable_groups,
+    slices,
     stage_named,
 )
 
@@ -38,6 +39,7 @@ def changed(*words: str) -> set[str]:
         ("precision=fp32", "pretrain"),
         ("seed.init=1", ("pretrain", "precision_study")),
         ("train.from=0123456789ab@5", ("pretrain", "precision_study")),
+        ("train.mask_documents=true", ("pretrain", "precision_study")),
         ("study.tokens=5", "precision_study"),
         ("precision@study.candidate=fp32", "precision_study"),
         ("convert.dtype=fp32", "convert"),
@@ -60,6 +62,12 @@ def test_a_changed_value_changes_its_stage_and_what_follows(word: str, first: st
 )  # fmt: skip
 def test_the_machine_changes_nothing(word: str) -> None:
     assert changed(word) == set()
+
+
+def test_runs_without_masks_keep_the_fingerprints_of_before_there_were_any() -> None:
+    for words, there in (([], False), (["train.mask_documents=true"], True)):
+        for name in ("pretrain", "precision_study"):
+            assert ("mask_documents" in slices(load(words), SOURCES)[name]["config"]["train"]) == there
 
 
 def test_a_tokenizer_file_is_known_by_its_content(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from headrace.artifacts.files import write_json
 from headrace.config.compose import load
 from headrace.errors import UserError
 from headrace.model import loss
+from headrace.model.documents import document_starts
 from headrace.tokens import loader
 from headrace.tokens.plan import Unit
 from headrace.tokens.shards import Encoded, finish, write_shard
@@ -77,6 +78,18 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_json(folder / f"{unit.name}.json", {"inputs": inputs, "counts": {}, **facts})
     finish(folder, units)
     return folder
+
+
+def test_documents_begin_where_the_loader_says(two_sources: Path) -> None:
+    """The model finds them by itself, from the id that a run reads from its dataset if it is to mask documents."""
+    words = ["experiment=tiny", "recipe.sequence_length=32", "recipe.extensions=[]"]
+    assert open_rows(two_sources, load(words)).eos is None
+    rows = open_rows(two_sources, load([*words, "train.mask_documents=true"]))
+    assert rows.eos == 1
+    batches = loader.Batches(loader.TokenDataset(two_sources).split("train"), 0, 32, 2)
+    batch = batches.batch(0, 8)
+    for starts, bounds in zip(document_starts(batch, rows.eos)[:, :32], batches.cu_seqlens(batch), strict=True):
+        assert [*starts.unique().tolist(), 32] == bounds.tolist() == [0, 16, 32]
 
 
 def test_a_run_draws_its_sources_by_the_weights_of_its_recipe(two_sources: Path) -> None:

@@ -212,6 +212,7 @@ class TrainConfig:
 
     __pydantic_config__ = CLOSED
     from_: Annotated[str | None, Field(alias="from", pattern=r"^[0-9a-f]{12}@[0-9]+$")]  # <run or import>@<step>
+    mask_documents: bool  # documents packed into one row do not see each other
     validate_every: Positive  # steps between two measurements of the validation loss
     validation_rows: Positive
     rollback_after: Positive  # steps in a row without a finite loss and gradient, none of them applied

@@ -54,9 +54,8 @@ class LatentAttention(nn.Module):
         first = self.q_proj if self.direct else self.q_a_proj
         shared = Input(first.gemms, x, "hidden", users=2)
         query, compressed = first(x, shared=shared), self.kv_a_proj_with_mqa(x, shared=shared)
-        out = causal_attention(
-            *self.expand(query, compressed, rotation), again=self._again(query, compressed, rotation)
-        )
+        again = self._again(query, compressed, rotation)
+        out = causal_attention(*self.expand(query, compressed, rotation), again, rotation.starts_BT)
         result: Tensor = self.o_proj(out.flatten(2), "attention")
         return result
 

@@ -25,17 +25,25 @@ from headrace.fp8.gemms import wide
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines [T, R/2] (FP32) of the positions of a row."""
+    """Cosines and sines (FP32) of the positions of a row, [T, R/2], or of each row, [B, T, R/2].
+
+    `starts_BT` int64 [B, T] is where each token's document begins, before which it sees nothing; None: with the row.
+    """
 
     cos: Tensor
     sin: Tensor
+    starts_BT: Tensor | None = None
 
 
-def rotation(config: ModelConfig, tokens: int, device: torch.device) -> Rotation:
-    """Rotations of positions 0 to `tokens` - 1."""
+def rotation(config: ModelConfig, tokens: int, device: torch.device, starts_BT: Tensor | None = None) -> Rotation:
+    """Rotations of positions 0 to `tokens` - 1; with `starts_BT`, of positions counted from each token's document's."""
     angles = torch.arange(tokens, dtype=torch.float32, device=device)[:, None] * frequencies(config).to(device)
     magnitude = _attention_factor(config.rope_scaling) if config.rope_scaling else 1.0
-    return Rotation(angles.cos() * magnitude, angles.sin() * magnitude)
+    cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
+    if starts_BT is None:
+        return Rotation(cos, sin)
+    positions_BT = torch.arange(tokens, device=device) - starts_BT
+    return Rotation(cos[positions_BT], sin[positions_BT], starts_BT)
 
 
 def softmax_scale(config: ModelConfig) -> float:
@@ -103,7 +111,8 @@ class _Heads(torch.autograd.Function):
         queries = q.new_empty(batch, count, tokens, width)
         keys, values = torch.empty_like(queries), q.new_empty(batch, count, tokens, kv.shape[-1] - plain)
         torch.mul(q[..., :plain].transpose(1, 2), scale, out=queries[..., :plain])
-        _rotate(q[..., plain:].transpose(1, 2), queries[..., plain:], cos * scale, sin * scale)
+        turns = cos.unsqueeze(-3) * scale, sin.unsqueeze(-3) * scale
+        _rotate(q[..., plain:].transpose(1, 2), queries[..., plain:], *turns)
         keys[..., :plain] = kv[..., :plain].transpose(1, 2)
         shared = torch.empty_like(k_rope)
         _rotate(k_rope, shared, cos, sin)
@@ -124,7 +133,7 @@ class _Heads(torch.autograd.Function):
         dq = dqueries.new_empty(batch, tokens, count, width)
         torch.mul(dqueries[..., :plain].transpose(1, 2), ctx.scale, out=dq[..., :plain])
         turned = dqueries[..., plain:].transpose(1, 2)
-        _unrotate(turned, dq[..., plain:], cos[:, None] * ctx.scale, sin[:, None] * ctx.scale)
+        _unrotate(turned, dq[..., plain:], cos.unsqueeze(-2) * ctx.scale, sin.unsqueeze(-2) * ctx.scale)
         dkv = dqueries.new_empty(batch, tokens, count, plain + dvalues.shape[-1])
         dkv[..., :plain] = dkeys[..., :plain].transpose(1, 2)
         dkv[..., plain:] = dvalues.transpose(1, 2)

@@ -20,9 +20,10 @@ from headrace.fp8.numerics import Numerics
 from headrace.fp8.weight_gradients import WeightGradientStore
 from headrace.model import rope
 from headrace.model.dispatch import Dispatcher, LocalDispatcher
+from headrace.model.documents import Shifted
 from headrace.model.experts import MoeFeedForward
 from headrace.model.layer import Layer
-from headrace.model.loss import cross_entropy, inputs_of, log_probabilities
+from headrace.model.loss import cross_entropy, log_probabilities
 from headrace.model.mtp import MtpLayer
 from headrace.model.norm import RMSNorm
 from headrace.model.router import Router, Routing, balance_loss
@@ -120,9 +121,14 @@ class Transformer(nn.Module):
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
 
-    def hidden_states(self, tokens_BT: Tensor) -> tuple[Tensor, rope.Rotation, list[Routing]]:
-        """Output after the final norm [B, T, D], the rotation used, and the routing of each layer with experts."""
-        rotation = rope.rotation(self.config, tokens_BT.shape[1], tokens_BT.device)
+    def hidden_states(
+        self, tokens_BT: Tensor, starts_BT: Tensor | None = None
+    ) -> tuple[Tensor, rope.Rotation, list[Routing]]:
+        """Output after the final norm [B, T, D], the rotation used, and the routing of each layer with experts.
+
+        `starts_BT` says where documents begin that do not see each other (see `rope.Rotation`).
+        """
+        rotation = rope.rotation(self.config, tokens_BT.shape[1], tokens_BT.device, starts_BT)
         hidden: Tensor = self.model.embed_tokens(tokens_BT)
         routings: list[Routing] = []
         for layer in self.model.layers[: self.config.num_hidden_layers]:
@@ -131,21 +137,22 @@ class Transformer(nn.Module):
                 routings.append(routing)
         return self.model.norm(hidden), rotation, routings
 
-    def losses(self, tokens_BL: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
+    def losses(self, tokens_BL: Tensor, mtp_weight: float, balance_weight: float, eos: int | None = None) -> Losses:
         """All losses of rows of T+1+D tokens (int64), D = `num_nextn_predict_layers`: see `Losses`.
 
         Tokens at the end of a row may be `loss.IGNORED`: they are no targets, and in the input stand for padding.
+        With `eos`, the id that ends documents, the documents of a row do not see each other (see `documents`).
         """
         tokens = tokens_BL.shape[1] - 1 - self.config.num_nextn_predict_layers
         assert tokens > 0, "a row must hold at least one token and its targets"
-        embeddable = inputs_of(tokens_BL)
-        inputs, targets = embeddable[:, :tokens], tokens_BL[:, 1 : tokens + 1]
-        hidden, rotation, routings = self.hidden_states(inputs)
-        main = cross_entropy(hidden.flatten(0, 1), self.lm_head, targets.flatten())
+        rows = Shifted(tokens_BL, tokens, eos)
+        inputs = rows.inputs()
+        hidden, rotation, routings = self.hidden_states(inputs, rows.starts)
+        main = cross_entropy(hidden.flatten(0, 1), self.lm_head, rows.targets(1).flatten())
         mtp = torch.zeros_like(main)
         if self.config.num_nextn_predict_layers:
-            ahead, routing = self._mtp_states(embeddable[:, 1 : tokens + 1], hidden, rotation)
-            mtp = cross_entropy(ahead.flatten(0, 1), self.lm_head, tokens_BL[:, 2 : tokens + 2].flatten())
+            ahead, routing = self._mtp_states(rows.inputs(1), hidden, rotation)
+            mtp = cross_entropy(ahead.flatten(0, 1), self.lm_head, rows.targets(2).flatten())
             routings.append(routing)
         balance = self._balance(routings, inputs.shape, balance_weight)
         return Losses(main + mtp_weight * mtp + balance, main, mtp, balance, self._counts(routings))

@@ -93,7 +93,7 @@ class Engine:
     """The stages of this rank, ready to train. Made by all ranks of the world at the same time.
 
     `whole` says which parameters the optimizer needs in one piece; `phase` is the recipe's, which may have a layout of
-    its own.
+    its own. With `eos`, the id that ends documents, those of a row do not see each other wherever losses are computed.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Engine:
         whole: Whole,
         watch: Watch | None = None,
         phase: str = MAIN,
+        eos: int | None = None,
     ) -> None:
         self.mesh, self.device, self.config = mesh, device, config.model
         layout = layout_of(config.parallel, phase)
@@ -122,7 +123,7 @@ class Engine:
         held = schedule.stages_of(mesh.pipeline_rank)
         self.model, self.stages = build_stages(self.config, numerics, dispatcher, split, held, device)
         self._last = schedule.stages - 1
-        self._seed = config.seed.init
+        self._seed, self._eos = config.seed.init, eos
         self.initialise()
         open_transfers(self.groups, mesh, [schedule])
         self.store = self.model.store
@@ -151,7 +152,11 @@ class Engine:
         parts = torch.split(rows_RL, size)
         self._microbatches = len(parts)
         weights = Weights(1 / (len(parts) * self.mesh.data), mtp_weight, balance_weight, train=True)
-        plan = Plan(self.schedule(len(parts)), lambda m: Microbatch(parts[m], weights), True, self._reduce, label)
+
+        def feed(microbatch: int) -> Microbatch:
+            return Microbatch(parts[microbatch], weights, eos=self._eos)
+
+        plan = Plan(self.schedule(len(parts)), feed, True, self._reduce, label)
         with self.store.accumulating():
             results = self._run(plan, size, self._length)
             self.watch.waiting(f"the gradients of {label}")
@@ -166,7 +171,10 @@ class Engine:
 
     @torch.no_grad()
     def token_log_probabilities(self, rows_RL: Tensor, label: str) -> Tensor:
-        """log p(token | tokens before it) in nats for rows of T + 1 tokens, the same on all ranks: [R, T]."""
+        """log p(token | tokens before it) in nats for rows of T + 1 tokens, the same on all ranks: [R, T].
+
+        Each row is one text, whatever documents it holds: so do models score it that know of no `eos`.
+        """
         results, numbers = self._measured(rows_RL, True, label)
         scores = torch.zeros(rows_RL.shape[0], rows_RL.shape[1] - 1, dtype=torch.float32, device=self.device)
         for microbatch, values in results.log_probabilities.items():
@@ -290,7 +298,7 @@ class Engine:
 
         def feed(microbatch: int) -> Microbatch:
             number = numbers[microbatch]
-            return Microbatch(parts[number or 0], off if number is None else on, score)
+            return Microbatch(parts[number or 0], off if number is None else on, score, None if score else self._eos)
 
         given = Microbatch(rows_RL, on, score)
         plan = Plan(_forward_only(self._name, self.mesh.pipeline, each), feed, False, None, label)

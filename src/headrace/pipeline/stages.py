@@ -23,9 +23,10 @@ from headrace.fp8.linear import Linear
 from headrace.fp8.numerics import Numerics
 from headrace.model import rope
 from headrace.model.dispatch import Dispatcher
+from headrace.model.documents import Shifted
 from headrace.model.experts import MoeFeedForward
 from headrace.model.layer import Layer
-from headrace.model.loss import IGNORED, cross_entropy, inputs_of, log_probabilities
+from headrace.model.loss import IGNORED, cross_entropy, log_probabilities
 from headrace.model.mtp import MtpLayer
 from headrace.model.norm import RMSNorm
 from headrace.model.router import Router
@@ -174,6 +175,7 @@ class Microbatch:
     tokens_BL: Tensor
     weights: Weights
     score: bool = False  # log p of every next token, in place of losses; rows are then of T + 1 tokens
+    eos: int | None = None  # ends documents that do not see each other (`model.documents`); None: a row's all do
 
     def length(self, config: ModelConfig) -> int:
         """T."""
@@ -193,7 +195,8 @@ class StagePass:
         self._stage, self._around, self._given, self._number = stage, around, given, number
         self._weights, self._length = given.weights, given.length(stage.config)
         self._piece = Piece(around, given.weights.train)
-        rotation = rope.rotation(stage.config, self._length, given.tokens_BL.device)
+        self._rows = Shifted(given.tokens_BL, self._length, given.eos)
+        rotation = rope.rotation(stage.config, self._length, given.tokens_BL.device, self._rows.starts)
         self._layers = {n: LayerPass(layer, rotation, around, self._weights) for n, layer in stage.layers.items()}
         wanted = stage.mtp is not None and not given.score
         self._mtp = LayerPass(stage.mtp, rotation, around, self._weights) if wanted and stage.mtp else None
@@ -231,21 +234,14 @@ class StagePass:
         do(self._piece.backward("embedding'", [self._embedded], [dhidden_BTD]))
         return None
 
-    def _row(self, ahead: int) -> Tensor:
-        """Targets: tokens, some of which may be absent."""
-        return self._given.tokens_BL[:, ahead : self._length + ahead]
-
-    def _inputs(self, ahead: int) -> Tensor:
-        return inputs_of(self._given.tokens_BL)[:, ahead : self._length + ahead]
-
     def _embed(self, embed: Embedding) -> Tensor:
-        hidden_BTD: Tensor = self._piece.forward("embedding", lambda: embed(self._inputs(0)))
+        hidden_BTD: Tensor = self._piece.forward("embedding", lambda: embed(self._rows.inputs()))
         if self._weights.train:
             self._embedded = get_gradient_edge(hidden_BTD)
         return hidden_BTD.detach()
 
     def _forward_head(self, hidden_BTD: Tensor, results: Results) -> Steps[None]:
-        stage, targets = self._stage, self._row(1)
+        stage, targets = self._stage, self._rows.targets(1)
         norm, head = stage.norm, stage.head
         assert norm is not None
         assert head is not None
@@ -273,15 +269,16 @@ class StagePass:
         assert mtp is not None
         assert embed is not None
         assert self._mtp is not None
-        joined = self._piece.forward("MTP join", lambda: mtp.join(embed(self._inputs(1)), normed_BTD))
+        joined = self._piece.forward("MTP join", lambda: mtp.join(embed(self._rows.inputs(1)), normed_BTD))
         self._head_out.append(joined)
         ahead = self._piece.leaf((yield from self._mtp.forward(joined.detach())))
+        targets = self._rows.targets(2)
 
         def later() -> Tensor:
-            return cross_entropy(mtp.shared_head.norm(ahead).flatten(0, 1), head, self._row(2).flatten())
+            return cross_entropy(mtp.shared_head.norm(ahead).flatten(0, 1), head, targets.flatten())
 
         loss = self._piece.forward("MTP head", later)
-        results.add_of_tokens("mtp", loss, self._row(2), self._weights.share)
+        results.add_of_tokens("mtp", loss, targets, self._weights.share)
         if self._weights.train:
             self._ahead, self._mtp_loss = ahead, get_gradient_edge(loss)
 

@@ -100,7 +100,8 @@ def _train(run: Run, trial: Trial, dataset: Path, device: torch.device) -> dict[
             while phase:
                 shown = LossLog(folder / LOSSES, progress_on(name=f"{trial.name} ({name})"))
                 watchers = Watchers(tracker, run.log, run.deadline, shown)
-                engine, rows = build_engine(config, device, phase=phase), open_rows(dataset, config, phase)
+                rows = open_rows(dataset, config, phase)
+                engine = build_engine(config, device, phase=phase, eos=rows.eos)
                 trainer = Trainer(config, engine, rows, replace(place, phase=phase), watchers)
                 with run.deadline.polled():
                     end = trainer.run()

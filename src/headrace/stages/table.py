@@ -84,6 +84,8 @@ def slices(config: Config, sources: str) -> dict[str, dict[str, Any]]:
     `sources` is the hash of the corpus' lock; it is part of the corpus stage's slice.
     """
     tree = to_dict(config)
+    if not config.train.mask_documents:
+        del tree["train"]["mask_documents"]  # a run without it is what it was before there was this switch
     result: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
         values = {key: tree[key] for key in stage.keys}

@@ -53,9 +53,17 @@ class Learner(Protocol):
 
 
 def build_engine(
-    config: Config, device: torch.device, rank: int = 0, watch: Watch | None = None, phase: str = MAIN
+    config: Config,
+    device: torch.device,
+    rank: int = 0,
+    watch: Watch | None = None,
+    phase: str = MAIN,
+    eos: int | None = None,
 ) -> Engine:
-    """The engine of `config` on this rank for a phase of the recipe, its weights drawn from `seed.init`."""
+    """The engine of `config` on this rank for a phase of the recipe, its weights drawn from `seed.init`.
+
+    `eos` is `rows.Rows.eos`: it ends documents that do not see each other.
+    """
     numerics = Numerics.resolve(config.precision, device)
     mesh = Mesh.of(layout_of(config.parallel, phase), rank)
-    return Engine(config, numerics, mesh, device, partial(stays_whole, config.recipe.optimizer), watch, phase)
+    return Engine(config, numerics, mesh, device, partial(stays_whole, config.recipe.optimizer), watch, phase, eos)

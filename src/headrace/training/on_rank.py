@@ -80,7 +80,7 @@ def train(job: Job, watchers: Watchers, rank: Rank | None = None) -> Stretch:
     watchers.logger.info("device %s (launch.device=%s), %d threads", device, launch.device, threads)
     # The loader verifies every shard as it opens it.
     rows = open_rows(job.dataset, job.config, job.place.phase)
-    engine = build_engine(job.config, device, rank.rank if rank else 0, rank, job.place.phase)
+    engine = build_engine(job.config, device, rank.rank if rank else 0, rank, job.place.phase, rows.eos)
     try:
         trainer = Trainer(job.config, engine, rows, job.place, watchers)
         end = trainer.run()

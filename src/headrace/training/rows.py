@@ -43,6 +43,7 @@ class Rows:
     training_rows: int  # rows of length S in one epoch
     validation: Tensor  # int64 [R, L + 1 + D]
     agreement: Tensor  # int64 [R, S + 1], from the held-out split
+    eos: int | None = None  # train.mask_documents: the id that ends documents; None: a row's documents see each other
 
 
 def open_rows(dataset: Path, config: Config, phase: str = MAIN) -> Rows:
@@ -58,6 +59,7 @@ def open_rows(dataset: Path, config: Config, phase: str = MAIN) -> Rows:
         training_rows=tokens.split("train").rows(usual),
         validation=validation.batch(0, min(rows, validation.rows)),
         agreement=inputs_of(heldout.batch(0, min(AGREEMENT_ROWS, heldout.rows))),
+        eos=tokens.eos if config.train.mask_documents else None,
     )
 
 
