@@ -1,9 +1,9 @@
 """How much of its time does a run train that is hit by random faults, and what does the formula allow? `make soak`
 
 Pretrain through its door, FP8 and DualPipe on 2 ranks, is hit by SIGKILL of a rank, SIGKILL of the stage's process (run
-again at once) and SIGTERM (pre-emption: saved, run again at once), at exponentially distributed distances whose mean is
-`--distance` recoveries, as measured here before. The same run without faults is done too, and both must end bitwise
-equal.
+again at once) and SIGTERM (pre-emption: saved, run again at once), at exponentially distributed distances, scaled so
+that their mean is `--distance` recoveries, as measured here before with one fault of each kind. The same run without
+faults is done too, and both must end bitwise equal.
 
     ETTR       seconds of steps that lead to the final weights / all seconds, from the run's ledger. Seconds in which no
                process of the stage was there are counted from outside, and so is the time after a kill that the ledger
@@ -54,7 +54,7 @@ def main() -> int:
     """Print a table, and one JSON object as the last line; 0 where both runs end equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=6, help="how many faults")
-    parser.add_argument("--distance", type=float, default=50, help="mean distance of faults, in measured recoveries")
+    parser.add_argument("--distance", type=float, default=25, help="mean distance of faults, in measured recoveries")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where the runs lie; a temporary folder by default")
     given = parser.parse_args()
@@ -69,12 +69,12 @@ def main() -> int:
 
 def soak(folder: Path, faults: int, distance: float, seed: int) -> dict[str, Any]:
     """Measure a recovery, then run with and without faults."""
-    data = tokenized(folder, (*SETTINGS, f"recipe.tokens={STEP_TOKENS * 60}"))
+    data = tokenized(folder, (*SETTINGS, f"recipe.tokens={STEP_TOKENS * 150}"))
     recovery, step_seconds, stall = rehearsal(data, folder / "rehearsal")
     mttf = distance * recovery
     chance = random.Random(seed)
-    distances = [chance.expovariate(1 / mttf) for _ in range(faults)]
-    distances = [max(found, MARGIN) for found in distances]
+    drawn = [chance.expovariate(1) for _ in range(faults)]
+    distances = [max(one * mttf / mean(drawn), MARGIN) for one in drawn]
     interval = max(1, round(young(stall, mttf) / step_seconds))
     count = round((sum(distances) + MARGIN) / step_seconds)
     print(
@@ -86,15 +86,16 @@ def soak(folder: Path, faults: int, distance: float, seed: int) -> dict[str, Any
         "checkpoint.keep=3",
     )  # fmt: skip
     disturbed, undisturbed = (fresh(data, folder / name, settings) for name in ("disturbed", "undisturbed"))
-    hits, began = hit(disturbed, distances, chance)
+    hits, began = hit(disturbed, [(distance, chance.choice(FAULTS)) for distance in distances])
     assert undisturbed.run(3600 * 6).code == 0
     return report(disturbed, undisturbed, hits, began, mttf)
 
 
 def rehearsal(data: Sequence[str], folder: Path) -> tuple[float, float, float]:
-    """Seconds of a recovery from a killed rank, of a step, and of the stall of a save, in the mean of a few."""
+    """Seconds of a recovery, in the mean over one fault of each kind, of a step, and of the stall of a save."""
     product = fresh(data, folder, ())
-    hits, _ = hit(product, [6.0, 6.0], random.Random(0), FAULTS[:2])
+    hits, _ = hit(product, [(4.0, fault) for fault in FAULTS])
+    assert len(hits) == len(FAULTS), "the rehearsal was over before all faults had come"
     rows = [row["time"] for _, row in read_lines(product.folder / "tracking" / "metrics.jsonl") if "loss" in row]
     apart = sorted(after - before for before, after in pairwise(rows))
     stalls = [event["stall"] for event in product.events("save")]
@@ -107,18 +108,15 @@ def fresh(data: Sequence[str], folder: Path, settings: Sequence[str]) -> Product
     return Product.fresh(data, folder, *settings)
 
 
-def hit(
-    product: Product, distances: Sequence[float], chance: random.Random, faults: Sequence[str] = FAULTS
-) -> tuple[list[Hit], float]:
-    """Run to the end, with a fault after each of these spans of training; also when training began."""
+def hit(product: Product, faults: Sequence[tuple[float, str]]) -> tuple[list[Hit], float]:
+    """Run to the end, with faults after these spans of training; also when training began."""
     stage = product.start()
     began = stage.until_trained(0.0, seconds=300)
     hits: list[Hit] = []
-    for distance in distances:
+    for distance, fault in faults:
         time.sleep(distance)
         if stage.code is not None:
             break
-        fault = chance.choice(faults)
         at, stage = strike(product, stage, fault)
         hits.append(Hit(fault, at, stage.until_trained(at + 0.5, seconds=300) - at))
         print(f"{fault}: {hits[-1].recovery:.1f} s", flush=True)
@@ -152,6 +150,7 @@ def report(disturbed: Product, undisturbed: Product, hits: list[Hit], began: flo
     interval = wall * found["ettr"] / max(1, len(stalls)) if stalls else wall
     recovery = mean(found.recovery for found in hits)
     between = wall / len(hits)
+    share, limit = found["productive_seconds"] / wall, ettr(interval, mean(stalls), between, recovery)
     differences = disturbed.differences(undisturbed)
     return {
         "faults": len(hits),
@@ -161,8 +160,9 @@ def report(disturbed: Product, undisturbed: Product, hits: list[Hit], began: flo
         "recovery_s": {"mean": round(recovery, 2), "max": round(max(found.recovery for found in hits), 2)},
         "steps": max(saved),
         "wall_s": round(wall, 1),
-        "ettr": round(found["productive_seconds"] / wall, 4),
-        "ettr_limit": round(ettr(interval, mean(stalls), between, recovery), 4),
+        "ettr": round(share, 4),
+        "ettr_limit": round(limit, 4),
+        "share_of_limit": round(share / limit, 4),
         "ettr_of_ledger": round(found["ettr"], 4),
         "goodput": round(found["goodput"], 4),
         "mttr_of_ledger": found["mttr"],
