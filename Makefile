@@ -32,10 +32,11 @@ test-slow: setup
 	$(BIN)/pytest $(BESIDE) -m "slow and not alone and not faults"
 	$(BIN)/pytest -m "slow and alone and not faults"
 
-# Most faults are in few files, so tests are shared out one by one.
+# They are in few files: so only these are collected, and tests are shared out one by one.
+FAULTS = $(shell grep -rl --include='test_*.py' 'mark\.faults' tests)
 test-faults: setup
-	$(BIN)/pytest --numprocesses 2 -m "faults and not alone"
-	$(BIN)/pytest -m "faults and alone"
+	$(BIN)/pytest --numprocesses 2 -m "faults and not alone" $(FAULTS)
+	$(BIN)/pytest -m "faults and alone" $(FAULTS)
 
 .PHONY: test-scale
 test-scale: setup
