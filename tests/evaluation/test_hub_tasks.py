@@ -253,6 +253,14 @@ def test_code_that_a_model_writes_is_never_run(wanted: Callable[..., HarnessTask
     assert loaded == [] and list(skipped) == ["code"] and "runs code" in skipped["code"]
 
 
+def test_a_task_whose_code_asks_for_what_is_not_here_is_skipped_with_the_reason() -> None:
+    (minerva,) = (task for task in load_config(["evaluate=v3_base"]).evaluate.harness if task.task == "minerva_math")
+    loaded, skipped = hub_tasks.load([minerva], "refuse")
+    assert loaded == []
+    assert skipped["minerva_math"].startswith("its definition does not run here: ")
+    assert "antlr4" in skipped["minerva_math"]
+
+
 def test_without_a_network_tasks_are_refused_in_one_line_or_skipped_with_the_reason(
     wanted: Callable[..., HarnessTask], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,9 @@ before anything is measured. What can be wrong with one is told apart:
 - the Hub cannot be reached, or does not have its data: refused in one line, or skipped and said so in the results, as
   `evaluate.without_network` says;
 - it runs what the model writes (HumanEval, MBPP, CRUXEval): skipped and said so. Nothing here is a sandbox; whoever has
-  one gives the exported folder to lm-eval in it.
+  one gives the exported folder to lm-eval in it;
+- its own code asks for packages that are not here (Minerva's for an antlr4 that Hydra does not work with): skipped and
+  said so.
 
 `metric: gold` scores no choice and no generated text but how likely the right answer is, in bits per byte, of any task
 that has one: it moves at a scale where accuracy stays at chance (arXiv 2504.11393). A group's score is that of all its
@@ -76,7 +78,10 @@ def load(
                 raise ConnectionError(f"{constants.ENDPOINT} cannot be reached")
             with quiet():
                 tasks = manager.load([config.task])["tasks"]
-        except Exception as error:  # whatever a task's own code and the data's readers raise
+        except (ImportError, AssertionError) as error:  # how definitions say what they need
+            skipped[config.task] = f"its definition does not run here: {' '.join(str(error).split())[:200]}"
+            continue
+        except Exception as error:  # whatever else a task's own code and the data's readers raise
             reason = f"its data cannot be had: {' '.join(str(error).split())[:200]}"
             if without_network == "refuse":
                 raise UserError(
