@@ -54,9 +54,9 @@ def layout(schedule, pipeline=2, expert=1, node_size=1):
 
 
 def rows(config, step=0, count=8):
-    """Random tokens [count, L]."""
+    """Random tokens [count, L]: as long as training's are."""
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randint(0, config.model.vocab_size, (count, config.recipe.sequence_length + 2), generator=generator)
+    return torch.randint(0, config.model.vocab_size, (count, _length(config)), generator=generator)
 
 
 EOS = 1
@@ -82,11 +82,15 @@ def present(batch, ahead):
     return sum(found) / len(found)
 
 
+def _length(config):
+    return config.recipe.sequence_length + 1 + config.model.num_nextn_predict_layers
+
+
 def lessons(config, step, count=8):
     """Rows that can be learned: tokens go up in steps of 1 to 3, modulo 61; three in ten are any token at all."""
     generator = torch.Generator().manual_seed(500 + step)
     first, stride = (torch.randint(low, high, (count, 1), generator=generator) for low, high in ((0, 61), (1, 4)))
-    tokens = (first + stride * torch.arange(config.recipe.sequence_length + 2)) % 61
+    tokens = (first + stride * torch.arange(_length(config))) % 61
     noise = torch.randint(0, config.model.vocab_size, tokens.shape, generator=generator)
     return torch.where(torch.rand(tokens.shape, generator=generator) < 0.3, noise, tokens)
 
