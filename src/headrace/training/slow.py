@@ -7,7 +7,7 @@ how long each rank was busy (`launch.rank.Rank.busy_seconds`) does. Two comparis
     with itself   a pipeline's ranks differ by nature, so what counts is how a rank's share of the work has grown: busy
                   seconds over the median of all others', divided by the same ratio in the run's first steps
 
-A rank is slow where three quarters of the window are above `LIMIT`. A rank half as slow again (+50 %) is there within a
+A rank is slow where the median of the window is above `LIMIT`. A rank half as slow again (+50 %) is there within a
 window of steps; jitter of single steps, saves and collections of garbage are not.
 
 What this cannot tell: a rank that is slow from its first step and has no peer; all ranks slow alike; ranks that wait
@@ -59,9 +59,9 @@ class SlowRanks:
         found = []
         for rank in range(len(busy)):
             ratios = self._ratios(rank, busy)
-            if len(ratios) == WINDOW and sorted(ratios)[WINDOW // 4] > LIMIT and rank not in self._named:
+            if len(ratios) == WINDOW and (factor := median(ratios)) > LIMIT and rank not in self._named:
                 self._named.add(rank)
-                found.append(Slow(rank, median(ratios)))
+                found.append(Slow(rank, factor))
         return found
 
     def _ratios(self, rank: int, busy: Sequence[float]) -> Sequence[float]:
