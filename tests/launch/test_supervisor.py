@@ -144,6 +144,7 @@ def test_a_rank_that_has_done_all_and_does_not_end_is_ended(watched: Watched, mo
     began = time.monotonic()
     assert watched.run("linger") == Ended(None)
     assert time.monotonic() - began < 50
+    assert "most recent call first" in (watched.logs / "rank-1.log").read_text()  # and its stack is kept
 
 
 def test_ranks_stop_where_they_are_asked_to(watched: Watched) -> None:

@@ -64,7 +64,7 @@ def supervise(ranks: Ranks, on_message: OnMessage, deadline: Deadline, hang_seco
             if verdict := watch.verdict():
                 raise _error(verdict, ranks)
             time.sleep(POLL_SECONDS)
-        stacks = False
+        stacks = None in ranks.exit_codes()  # its log says what kept one that is ended here
         return Ended(watch.stopped())
     finally:
         ranks.close(stacks)
