@@ -17,7 +17,8 @@ from headrace.fp8.gemms import PlainGemms
 from headrace.model.dispatch import LocalDispatcher
 from headrace.model.router import Routing
 from headrace.parallel.deepep import DeepEpDispatcher
-from headrace.parallel.dispatch import Sums, make_dispatcher
+from headrace.parallel.dispatch import make_dispatcher
+from headrace.parallel.experts import Sums
 from headrace.parallel.mesh import Groups, Mesh
 from parallel.test_dispatch_ranks import (
     EXPERTS,

@@ -30,7 +30,7 @@ from headrace.errors import UserError
 from headrace.fp8.gemms import Gemms
 from headrace.model.dispatch import Received, Way, copy_to_rows, pairs_of_rows, rows_of_pairs, sorted_by_expert
 from headrace.model.router import Routing
-from headrace.parallel.dispatch import Sums, experts_of
+from headrace.parallel.experts import Sums, experts_of
 
 _COPIED = 32  # rows to copy are a multiple of so many bytes: two halves of 16
 _SUMMED = 512  # and rows to sum, of 32 lanes of 16 bytes

@@ -47,6 +47,8 @@ from headrace.model.dispatch import (
     sorted_by_expert,
 )
 from headrace.model.router import Routing
+from headrace.parallel import deepep
+from headrace.parallel.experts import Sums, experts_of
 from headrace.parallel.mesh import Groups, Mesh
 
 _ID = torch.int16  # of experts and of ranks within an expert group
@@ -59,25 +61,6 @@ class Link:
     group: distributed.ProcessGroup
     size: int
     stride: int
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Which rows are summed for each token: those of `rows` from `starts_N[n]` on to the next start."""
-
-    rows: Tensor
-    starts_N: Tensor
-
-    @staticmethod
-    def of(rows_of_token_NX: Tensor) -> "Sums":
-        """-1 stands for no row."""
-        used_NX = rows_of_token_NX >= 0
-        counts_N = used_NX.sum(1)
-        return Sums(rows_of_token_NX[used_NX], counts_N.cumsum(0) - counts_N)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """[rows, any] to [N, any], accumulated in FP32 also for BF16, in the order of `rows`; 0 where there is none."""
-        return torch.nn.functional.embedding_bag(self.rows, values.contiguous(), self.starts_N, mode="sum")
 
 
 @dataclass(frozen=True)
@@ -178,8 +161,6 @@ def make_dispatcher(mesh: Mesh, groups: Groups, gemms: Gemms, config: ParallelCo
 
     Raises `UserError` for a back end that is missing or cannot run here, and where expert groups cut nodes.
     """
-    from headrace.parallel import deepep  # which shares what is above
-
     deep_ep = deepep.library() if config.dispatch == "deepep" else None
     ranks, near = mesh.expert, min(mesh.expert, mesh.node_size)
     if ranks == 1:
@@ -196,14 +177,6 @@ def make_dispatcher(mesh: Mesh, groups: Groups, gemms: Gemms, config: ParallelCo
         assert group is not None
         return deepep.DeepEpDispatcher(deep_ep, gemms, group, mesh.expert_rank)
     return ExpertParallelDispatcher(gemms, _links(mesh, groups, near), ranks, mesh.expert_rank)
-
-
-def experts_of(place: int, ranks: int, experts: int) -> range:
-    """The experts of the rank at `place` of an expert group. Raises `UserError` where they cannot share evenly."""
-    if experts % ranks:
-        raise UserError(f"parallel.expert={ranks} must divide model.n_routed_experts={experts}")
-    share = experts // ranks
-    return range(place * share, (place + 1) * share)
 
 
 def _links(mesh: Mesh, groups: Groups, near: int) -> list[Link]:
