@@ -21,7 +21,7 @@ pytestmark = pytest.mark.faults
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a tmpfs")
 MIB = 1 << 20
-FLIPS = 2_000  # ten thousand, of a smaller one, are in tests/checkpoint
+FLIPS = 10_000
 
 
 def ends_like(product: Product, stage: Stage, undisturbed: Product) -> None:
