@@ -1,5 +1,6 @@
 """Round trips under any cut, reading no more than asked for, and finding the newest whole checkpoint."""
 
+import errno
 import logging
 import os
 import shutil
@@ -221,6 +222,17 @@ def test_fall_back_is_loud_and_names_the_file(tmp_path: Path, caplog: pytest.Log
     assert newest is not None
     assert newest.step == 1
     assert f"step-00000002/{name}" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, 1)
+
+    def listed(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", listed)
+    with pytest.raises(reader.Unreadable, match=rf"{tmp_path}: cannot be read: Permission denied"):
+        steps(tmp_path)
 
 
 def test_no_whole_checkpoint_is_none_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -39,6 +39,30 @@ def test_newest_and_every_nth_stay(tmp_path: Path, keep: int, keep_every: int | 
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("back_to", "left"),
+    [
+        ([9], [8, 9]),
+        ([7], [7, 8, 9]),
+        ([5, 1], [1, 5, 8, 9]),
+        ([0], [8, 9]),
+        ([5, 0], [5, 8, 9]),
+        ([9, 8, 7], [7, 8, 9]),
+    ],
+)
+def test_what_may_have_to_be_gone_back_to_stays(tmp_path: Path, back_to: list[int], left: list[int]) -> None:
+    fill(tmp_path, range(1, 10))
+    retain(tmp_path, 2, None, back_to=back_to)
+    assert steps(tmp_path) == left
+
+
+def test_a_damaged_one_is_none_to_go_back_to(tmp_path: Path) -> None:
+    fill(tmp_path, range(1, 10))
+    damage(tmp_path, 5)
+    retain(tmp_path, 2, None, back_to=[5])
+    assert steps(tmp_path) == [4, 5, 8, 9]
+
+
 @pytest.mark.parametrize("name", ["model-00000.safetensors", "optimizer-00001.safetensors", TABLE, "state.json"])
 def test_damaged_ones_never_push_out_the_last_whole_one(tmp_path: Path, name: str) -> None:
     fill(tmp_path, range(1, 6))

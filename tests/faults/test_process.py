@@ -79,8 +79,8 @@ def has_stack(log: str) -> bool:
 ACTIVITIES = [
     r"connecting to the other ranks", r"loading the checkpoint", r"0F2 of step 10", r"1RECV_F1 of step 11, for rank 0",
     r"1B0 of step 12", r"\(1F1;0B2\)OVERLAP_F_B of step 13", r"0I3 of step 14", r"0W3 of step 15",
-    r"1REDUCE_GRAD of step 17", r"the last sends of step 18", r"the gradients of step 19", r"the update of step 21",
-    r"the weights of step 22", r"saving step 24",
+    r"1REDUCE_GRAD of step 17", r"the last sends of step 18", r"the gradients of step 19",
+    r"the rows of step 20", r"the update of step 21", r"the weights of step 22", r"saving step 24",
 ]  # fmt: skip
 """Everything that rank 1 is at in a run, in steps of their own."""
 END_SECONDS = 5.0

@@ -111,7 +111,7 @@ def test_memory_is_looked_at_every_so_many_steps_and_not_after_a_rollback():
         flip(toy.state()[0].tensor, random.Random(step))
     toy.step(2)
     flip(toy.state()[0].tensor, random.Random(5))
-    toy.integrity.forget()
+    toy.integrity.replaced(3)
     toy.step(3)
     for step in (4, 5):
         toy.step(step)

@@ -97,10 +97,16 @@ def test_a_streak_is_replayed_once_and_then_ends_the_run_with_a_diagnosis(tmp_pa
     assert trainer.summary()["skipped_steps"] == 16
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("interval", [1, 4])
 @pytest.mark.parametrize("first", [1, 3, 7])
-def test_a_passing_fault_of_the_machine_leaves_no_trace_in_the_result(tmp_path: Path, first: int) -> None:
-    """Steps `first` to `first` + 2 are not finite when they are taken for the first time."""
-    toy_trainer(toy_config(), tmp_path / "straight").run()
+def test_a_passing_fault_of_the_machine_leaves_no_trace_in_the_result(
+    tmp_path: Path, first: int, interval: int, keep: int
+) -> None:
+    """Steps `first` to `first` + 2 are not finite when they are taken for the first time, and may be saved."""
+    config = toy_config()
+    config = replace(config, checkpoint=replace(config.checkpoint, interval=interval, keep=keep))
+    toy_trainer(config, tmp_path / "straight").run()
     bad = set(range(4 * (first - 1), 4 * (first + 2)))
 
     class Once(set):  # type: ignore[type-arg]
@@ -109,10 +115,9 @@ def test_a_passing_fault_of_the_machine_leaves_no_trace_in_the_result(tmp_path: 
             bad.discard(position)  # type: ignore[arg-type]
             return found
 
-    config, recorder = toy_config(), Recorder()
-    config = replace(config, train=replace(config.train, rollback_after=3))
+    config, recorder = replace(config, train=replace(config.train, rollback_after=3)), Recorder()
     assert toy_trainer(config, tmp_path / "hit", recorder, rows=poisoned(Once())).run().finished
-    assert [facts["to"] for facts in recorder.of("rollback")] == [(first - 1) // 4 * 4]
+    assert [facts["to"] for facts in recorder.of("rollback")] == [(first - 1) // interval * interval]
     assert_same_end(tmp_path / "hit", tmp_path / "straight")
 
 
@@ -164,7 +169,7 @@ WAYS: dict[str, tuple[Config, Making]] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("stops", [(17,), (18,), (3, 14, 1), (16, 1, 1, 1), (9, 9, 1, 2)])
 def test_stopped_and_resumed_it_is_decided_as_if_it_had_not_been(tmp_path: Path, way: str, stops: tuple[int]) -> None:
-    """`stops`: steps that each process takes. One checkpoint is kept, so the regular one is pushed out by others."""
+    """`stops`: steps that each process takes. One checkpoint is kept, beside those that a policy may lead back to."""
     config, rows = WAYS[way]
     config = replace(config, recipe=replace(config.recipe, ema_decay=0.95))
     config = replace(config, checkpoint=replace(config.checkpoint, keep=1))

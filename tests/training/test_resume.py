@@ -1,6 +1,8 @@
 """Which checkpoints a run takes up: its own, whole ones; and what it says of others."""
 
+import errno
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.artifacts import retry
 from headrace.checkpoint.reader import steps
 from headrace.errors import UserError
 from toy_run import Recorder, ToyModel, assert_same_end, frozen, toy_config, toy_trainer
@@ -117,6 +120,32 @@ def test_where_none_is_whole_the_run_begins_again_with_fresh_weights(
         toy_trainer(config, tmp_path / "ours", recorder).run()
     assert "none of 2 checkpoints is whole; training starts again from its beginning" in caplog.text
     assert recorder.shown[0] == 1
+    assert_same_end(tmp_path / "ours", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_where_the_file_system_withholds_them_nothing_is_begun_again_nor_removed(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is damaged, the other whole; once it can be read again, training goes on from it."""
+    toy_trainer(toy_config(), tmp_path / "straight").run()
+    toy_trainer(toy_config(), tmp_path / "ours", Recorder(9)).run()
+    damage(tmp_path / "ours" / "step-00000009" / "optimizer-00000.safetensors")
+    opened, recorder = os.open, Recorder()
+
+    def withheld(path: Path, flags: int, *mode: int, **given: int) -> int:
+        if str(path).endswith("step-00000008/optimizer-00000.safetensors"):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, flags, *mode, **given)
+
+    monkeypatch.setattr(retry, "PAUSES", (0.0,))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"none of 2 .* may be whole: .*00000008/optim"):
+        patch.setattr(os, "open", withheld)
+        toy_trainer(toy_config(), tmp_path / "ours", recorder).run()
+    assert recorder.shown == []
+    assert steps(tmp_path / "ours") == [8, 9]
+    toy_trainer(toy_config(), tmp_path / "ours", recorder).run()
+    assert recorder.of("resumed")[0]["step"] == 8
     assert_same_end(tmp_path / "ours", tmp_path / "straight")
 
 

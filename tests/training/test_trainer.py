@@ -19,7 +19,7 @@ from headrace.artifacts.tensors import load_tensors
 from headrace.checkpoint.reader import checkpoint_folder, open_checkpoint, steps, tensors_of
 from headrace.config.schema import Config
 from headrace.parallel.shards import Piece
-from headrace.pipeline.engine import Losses
+from headrace.pipeline.engine import Losses, Unwatched
 from headrace.training import trainer as trainer_module
 from headrace.training.integrity import MEMORY, RECOMPUTATION, REPLICAS, Corruption, CorruptionError, Integrity
 from toy_run import (
@@ -270,21 +270,60 @@ def test_a_timeline_that_cannot_be_written_stops_nothing_and_a_later_step_is_dra
     assert json.loads((tmp_path / "timeline.json").read_text())["step"] == 10
 
 
+def test_rows_are_read_under_a_mark_of_their_own_so_that_a_read_that_hangs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, seen = [""], []
+
+    def doing(self: Unwatched, label: str) -> None:
+        at[0] = label
+
+    def batch(first: int, sequences: int) -> Tensor:
+        seen.append(at[0])
+        return toy_batch(first, sequences)
+
+    monkeypatch.setattr(Unwatched, "doing", doing)
+    toy_trainer(toy_config(3), tmp_path, rows=toy_rows(batch)).run()
+    assert seen == [f"the rows of step {step}" for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize(("check", "kept"), [(MEMORY, [4, 8]), (REPLICAS, [4])])
-def test_what_was_saved_since_the_state_was_known_to_be_good_is_removed(
-    check: str, kept: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_saved_since_the_state_was_known_to_be_good_is_removed_and_retention_has_left_what_was_before(
+    check: str, kept: list[int], keep: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saves after 4 and 8 steps; all was well before step 6, and something is found before step 10."""
 
-    def look(self: Integrity, step: int) -> bool:
+    def look(self: Integrity, step: int) -> None:
         if step == 9:
             raise CorruptionError(Corruption(step + 1, check, (1,), "rank 1 differs"))
-        return step == 5
+        if step == 5:
+            self.known_good = step
 
     monkeypatch.setattr(Integrity, "before_update", look)
     with pytest.raises(CorruptionError, match="rank 1 differs"):
-        toy_trainer(toy_config(), tmp_path).run()
+        config = toy_config()
+        toy_trainer(replace(config, checkpoint=replace(config.checkpoint, keep=keep)), tmp_path).run()
     assert steps(tmp_path) == kept
+
+
+def test_one_kept_checkpoint_is_enough_to_leave_the_newest_state_of_which_a_check_said_it_is_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved at every step, checked at every third, and found different before step 12: back to step 9, not to 0."""
+    compared = Integrity.before_update
+
+    def look(self: Integrity, step: int) -> None:
+        compared(self, step)
+        if step == 11:
+            raise CorruptionError(Corruption(step + 1, REPLICAS, (1,), "rank 1 differs"))
+
+    monkeypatch.setattr(Integrity, "before_update", look)
+    config = toy_config()
+    launch, checkpoint = replace(config.launch, verify_every=3), replace(config.checkpoint, interval=1, keep=1)
+    with pytest.raises(CorruptionError):
+        toy_trainer(replace(config, launch=launch, checkpoint=checkpoint), tmp_path).run()
+    assert steps(tmp_path) == [9]
 
 
 RECOMPUTED = replace(toy_config(), launch=replace(toy_config().launch, recompute_every=4, verify_every=0))

@@ -40,7 +40,13 @@ LEFTOVER = ".unfinished-"
 _NAME = re.compile(r"step-(\d{8,})")
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EBADMSG}
 """Errors of a file, not of this process, for which an older checkpoint may do."""
+_WITHHELD = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+"""Those of them behind which the file may be whole all the same."""
 _LOG = logging.getLogger(__name__)
+
+
+class Unreadable(UserError):  # noqa: N818  what happened, not what is raised
+    """The file system did not give a file, which need not be damaged."""
 
 
 class TensorSource(Protocol):
@@ -218,9 +224,14 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps that have a checkpoint folder under `folder`, whole or not, ascending."""
-    names = (_NAME.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir())
-    return sorted(int(name[1]) for name in names if name)
+    """Steps that have a checkpoint folder under `folder`, whole or not, ascending; may raise `Unreadable`."""
+    with _told(folder):
+        try:
+            names = retried(partial(os.listdir, folder), str(folder))
+        except FileNotFoundError:
+            return []
+    found = (_NAME.fullmatch(name) for name in names if (folder / name).is_dir())
+    return sorted(int(name[1]) for name in found if name)
 
 
 def at_step(folder: Path, step: int) -> Checkpoint:
@@ -297,4 +308,5 @@ def _told(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _GONE:
             raise
-        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+        kind = Unreadable if error.errno in _WITHHELD else UserError
+        raise kind(f"{error.filename or path}: cannot be read: {error.strerror}") from None

@@ -1,10 +1,12 @@
-"""Which checkpoints stay: the newest few, every n-th for good, and always the last whole one.
+"""Which checkpoints stay: the newest few, every n-th for good, and those that the run may have to go back to.
 
-Only whole checkpoints count as "the newest few", so a damaged one never pushes a good one out. Removal happens after
-a save has been published, so a failing save removes nothing.
+Only whole checkpoints count as "the newest few", so a damaged one never pushes a good one out. What is found wrong
+later may lead behind all of these: the newest whole ones up to there stay as well. Removal happens after a save has
+been published, so a failing save removes nothing.
 """
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from headrace.checkpoint.reader import checkpoint_folder, open_checkpoint, steps
@@ -14,20 +16,29 @@ from headrace.errors import UserError
 _LOG = logging.getLogger(__name__)
 
 
-def retain(folder: Path, keep: int, keep_every: int | None, known: dict[str, bool] | None = None) -> list[int]:
+def retain(
+    folder: Path,
+    keep: int,
+    keep_every: int | None,
+    known: dict[str, bool] | None = None,
+    back_to: Collection[int] = (),
+) -> list[int]:
     """Delete checkpoints older than the `keep` newest whole ones, sparing steps that `keep_every` divides.
 
     known: by the hash of a manifest, whether all that it lists is whole, as far as this process has written or read it;
-    what is not in it is read and added. Returns the steps that were deleted. Nothing is deleted while fewer than
+    what is not in it is read and added. back_to: steps that the run may have to go back to; the newest whole
+    checkpoint up to each of them stays. Returns the steps that were deleted. Nothing is deleted while fewer than
     `keep` whole checkpoints exist. What cannot be deleted is said and stays.
     """
     assert keep >= 1
     known = {} if known is None else known
-    deleted, whole = [], 0
+    deleted, whole, wanted = [], 0, set(back_to)
     for step in reversed(steps(folder)):
         path = checkpoint_folder(folder, step)
-        if whole < keep:
-            whole += _is_whole(path, known)
+        served = {goal for goal in wanted if step <= goal}
+        if whole < keep or served:
+            if _is_whole(path, known):
+                whole, wanted = whole + 1, wanted - served
         elif not (keep_every and step % keep_every == 0):
             try:
                 remove(path)

@@ -349,7 +349,7 @@ class CheckpointConfig:
     faults_per_day: PositiveFloat  # of one machine, for interval=auto
     asynchronous: bool  # training goes on while a copy of its state is written
     accept_other: bool  # go on from a checkpoint of another configuration, data or stage version
-    keep: Positive  # the newest so many
+    keep: Positive  # the newest so many, and what checks and policies may have to go back to
     keep_every: Positive | None  # and each step that this divides, for good
 
 

@@ -70,19 +70,17 @@ class Integrity:
         self._learner, self._optimizer, self._seed = learner, optimizer, seed
         self._verify_every, self._recompute_every = settings.verify_every, settings.recompute_every
         self._sealed: dict[str, int] | None = None  # digests of the state after an update
+        self.known_good = 0  # steps after which the state was last seen to be good, on all ranks
 
     def after_update(self, step: int) -> None:
         """Hash the state that `step` has left, where the next update is to check it."""
         if self._verify_every and (step + 1) % self._verify_every == 0:
             self._sealed = self._digests()
 
-    def before_update(self, step: int) -> bool:
-        """Compare, if the update before was hashed, the state that `step` is about to change; `CorruptionError`.
-
-        Returns whether it was: then the state after `step` steps is good.
-        """
+    def before_update(self, step: int) -> None:
+        """Compare, if the update before was hashed, the state that `step` is about to change; `CorruptionError`."""
         if self._sealed is None:
-            return False
+            return
         sealed, self._sealed = self._sealed, None
         names = [name for name, value in self._digests().items() if value != sealed[name]]
         copies = {_key(group[0]): _joined(sealed, group) for group in self._learner.replicas()}
@@ -94,11 +92,25 @@ class Integrity:
         different = _different([digests for *_, digests in said])
         if different:
             self._name_copies(step, different, sealed)
-        return True
+        self.known_good = step
 
-    def forget(self) -> None:
-        """The state is replaced, by that of a checkpoint: what was hashed is no measure of it."""
-        self._sealed = None
+    def replaced(self, step: int) -> None:
+        """The state is now that of a checkpoint, after `step` steps: what was hashed is no measure of it."""
+        self._sealed, self.known_good = None, step
+
+    def leads_back_to(self, found: Corruption) -> int:
+        """The last step whose state `found` casts no doubt on.
+
+        Memory is compared with what it was one step before; copies may have parted at any step since they were equal.
+        """
+        before = found.step - 2  # the state after `found.step - 1` steps is the one in doubt
+        return min(before, self.known_good) if found.check == REPLICAS else before
+
+    def may_lead_back_to(self, step: int) -> set[int]:
+        """Where `leads_back_to` may point, for what is found from here on, after `step` steps."""
+        if self._verify_every:
+            return {step - 1, self.known_good}
+        return {step - 1} if self._recompute_every else set()
 
     def recomputes(self, step: int) -> bool:
         """Whether `step` is the one of its window of `recompute_every` steps that is computed twice."""

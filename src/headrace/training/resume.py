@@ -4,7 +4,8 @@ All of a run's state that changes with its steps is in `Counters`, the optimizer
 history and torch's random state; everything else is a pure function of the configuration.
 
 Every rank reads from a checkpoint the elements that it holds, verified as they are read, and then all ranks agree: only
-a checkpoint that every one of them could read is taken up, else all go on to the next older one. A whole checkpoint
+a checkpoint that every one of them could read is taken up, else all go on to the next older one. Where all of them are
+damaged training begins again; not where one may be whole and only cannot be read now. A whole checkpoint
 that is another run's (another configuration, other data, another version of the stage) is refused with what differs,
 unless `checkpoint.accept_other` says otherwise; other code is warned about.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.checkpoint.reader import Checkpoint, checkpoint_folder, open_checkpoint, steps
+from headrace.checkpoint.reader import Checkpoint, Unreadable, checkpoint_folder, open_checkpoint, steps
 from headrace.errors import UserError
 from headrace.parallel.assembly import MisfitError, fill, names_everywhere
 from headrace.parallel.shards import Piece
@@ -135,12 +136,14 @@ def take_up(
 ) -> tuple[Counters, History] | None:
     """Load the newest checkpoint under `folder`, of step `at_most` or before, that every rank can read.
 
-    None where there is none; `parts` are as at the beginning then. Called by all ranks. Raises `Refused`.
+    None where there is none; `parts` are as at the beginning then. Called by all ranks. Raises `Refused`, and
+    `UserError` where none can be used and one may be whole, but could not be read.
     """
     learner = parts.learner
     there = [step for step in reversed(steps(folder)) if at_most is None or step <= at_most]
     there = learner.agreed_all(there)[0]
     known = {kind: names_everywhere(pieces, learner.mesh, learner.device) for kind, pieces in parts.held().items()}
+    unread = ""
     for step in there:
         found, word = _tried(checkpoint_folder(folder, step), identity, parts, known, accept_other, log)
         said = [(rank, *word) for rank, word in enumerate(learner.agreed_all(word)) if word]
@@ -151,10 +154,16 @@ def take_up(
             parts.load_state(found.state)
             _set_random_state(found.state["random"], learner.device)
             return _counters(found.state), History(found.state["history"])
-        for rank, _, text in said:
+        for rank, kind, text in said:
+            unread = unread or (text if kind == "unreadable" else "")
             log.warning(
                 "checkpoint of step %d is not used, falling back to an older one: rank %d: %s", step, rank, text
             )
+    if unread:
+        raise UserError(
+            f"{folder}: none of {len(there)} checkpoints can be used, and one may be whole: {unread}; make them "
+            "readable and run it again, or move them away to train from the beginning"
+        )
     if there:
         parts.reset()
         log.warning("%s: none of %d checkpoints is whole; training starts again from its beginning", folder, len(there))
@@ -204,7 +213,7 @@ def _tried(
     except Refused as error:
         return None, ["refused", str(error)]
     except UserError as error:
-        return None, ["damaged", str(error)]
+        return None, ["unreadable" if isinstance(error, Unreadable) else "damaged", str(error)]
 
 
 def _check(found: Checkpoint, identity: Identity, accept_other: bool, log: Logger) -> None:

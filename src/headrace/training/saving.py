@@ -12,7 +12,7 @@ Only the last save of a run must succeed: `last` raises `SaveFailed`, or `UserEr
 import errno
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,6 +46,7 @@ class _Save:
     token: str
     state: Mapping[str, Any]  # on the first rank
     began: float
+    back_to: Collection[int]
     publishing: Future[None] | None = None
     said: Sequence[Mapping[str, Any]] | None = None
 
@@ -76,24 +77,31 @@ class Saver:
         """The step whose save is in progress."""
         return self._now.step if self._now else None
 
-    def begin(self, step: int, kinds: Mapping[str, Sequence[Piece]], state: Mapping[str, Any]) -> None:
-        """Save `kinds` and, from the first rank, `state`; waits for the save before and for the copy."""
+    def begin(
+        self, step: int, kinds: Mapping[str, Sequence[Piece]], state: Mapping[str, Any], back_to: Collection[int] = ()
+    ) -> None:
+        """Save `kinds` and, from the first rank, `state`; waits for the save before and for the copy.
+
+        back_to: steps that the run may have to go back to from here on; the checkpoints for that stay.
+        """
         began = time.perf_counter()
         with self._learner.watch.patiently(f"saving step {step}"):
             self.settle()
             self._saves += 1
-            self._now = _Save(step, f"{self._token}n{self._saves:06d}", state, time.perf_counter())
+            self._now = _Save(step, f"{self._token}n{self._saves:06d}", state, time.perf_counter(), back_to)
             self._writer.begin(step, self._now.token, kinds)
             if not self._settings.asynchronous:
                 self.settle()
         self.stall = time.perf_counter() - began
         self._ledger("save", {"step": step, "stall": round(self.stall, 6)})
 
-    def last(self, step: int, kinds: Mapping[str, Sequence[Piece]], state: Mapping[str, Any]) -> None:
+    def last(
+        self, step: int, kinds: Mapping[str, Sequence[Piece]], state: Mapping[str, Any], back_to: Collection[int] = ()
+    ) -> None:
         """Save and wait; `SaveFailed` where no checkpoint of this step comes of it, `UserError` for a full disk."""
         self.settle()
         if self.newest != step:
-            self.begin(step, kinds, state)
+            self.begin(step, kinds, state, back_to)
             self.settle()
         if self.newest != step:
             assert self._failure is not None
@@ -181,7 +189,7 @@ class Saver:
         assert save.said is not None
         path = publish(self._folder, save.step, save.token, save.said, save.state)
         self._known[open_checkpoint(path).manifest_hash] = True
-        retain(self._folder, self._settings.keep, self._settings.keep_every, self._known)
+        retain(self._folder, self._settings.keep, self._settings.keep_every, self._known, save.back_to)
 
     def _end(self) -> None:
         assert self._now is not None

@@ -39,7 +39,7 @@ from headrace.recipe.schedule import Schedule, Step
 from headrace.training.ema import Ema
 from headrace.training.gemm_peak import gemm_peak
 from headrace.training.history import History
-from headrace.training.integrity import REPLICAS, CorruptionError, Integrity
+from headrace.training.integrity import CorruptionError, Integrity
 from headrace.training.learner import Learner
 from headrace.training.optimizer import Optimizer
 from headrace.training.place import Outcome as Outcome
@@ -95,7 +95,6 @@ class Trainer:
         self._taken, self._busy = 0, 0.0  # steps by this process; seconds at work in the last of them
         self._draw_after = TIMELINE_STEP - 1  # steps by this process
         self._counters, self._history = Counters(), History()
-        self._known_good = 0  # steps after which all copies were last seen to be equal
         self._ema_loss: float | None = None
 
     def run(self) -> Outcome:
@@ -194,7 +193,7 @@ class Trainer:
         found = take_up(place.checkpoints, self._identity, self._parts, at_most, accept, self._watch.logger)
         if found:
             self._counters, self._history = found
-            self._known_good = self._counters.step
+            self._integrity.replaced(self._counters.step)
             self._saver.trust(self._counters.step)
             self._rhythm.saved(self._counters.step)
         return found is not None
@@ -203,7 +202,8 @@ class Trainer:
         """The state before the first step; the learner is initialised."""
         torch.manual_seed(self._config.seed.init)
         self._rhythm.saved(0)
-        self._counters, self._history, self._known_good = Counters(), History(), 0
+        self._counters, self._history = Counters(), History()
+        self._integrity.replaced(0)
         if source := self._place.source:
             self._counters = begin_from(source, self._parts, self._place.same_rows)
             self._watch.logger.info("starting from %s, at row %d of the data", source, self._counters.first_position)
@@ -214,10 +214,10 @@ class Trainer:
             step = self._counters.step
             if reason or step == self._end or self._elsewhere():
                 if step and not self._elsewhere():
-                    self._saver.last(step, self._parts.owned(), self._state())
+                    self._saver.last(step, self._parts.owned(), self._state(), self._back_to())
                 return self._outcome(reason)
             if save:
-                self._saver.begin(step, self._parts.owned(), self._state())
+                self._saver.begin(step, self._parts.owned(), self._state(), self._back_to())
                 self._rhythm.saved(step)
             plan = self._schedule.at(step)
             if traced:
@@ -273,6 +273,7 @@ class Trainer:
         learner, mesh = self._learner, self._learner.mesh
         share = plan.sequences // mesh.data
         position = self._counters.position(self._schedule, plan.step)
+        learner.watch.doing(f"the rows of step {plan.step + 1}")
         batch = self._to_device(self._rows.batch(position + mesh.data_rank * share, share))
         step = partial(learner.step, batch, plan.mtp_weight, plan.balance_weight, f"step {plan.step + 1}")
         twice = self._integrity.recomputes(plan.step)
@@ -287,8 +288,7 @@ class Trainer:
         learner, number = self._learner, plan.step + 1
         learner.watch.doing(f"the update of step {number}")
         learner.reduction.clip(self._config.recipe.optimizer.gradient_clip, norm)
-        if self._integrity.before_update(plan.step):
-            self._known_good = plan.step
+        self._integrity.before_update(plan.step)
         if self._ema:
             self._ema.wait()
         self._optimizer.step(plan.learning_rate, plan.muon_learning_rate)
@@ -327,7 +327,6 @@ class Trainer:
             if not self._load(to):
                 self._parts.reset()
                 self._begin()
-        self._integrity.forget()
         found = self._counters.step
         if verdict.other_rows:
             self._counters.passed = passed
@@ -336,16 +335,18 @@ class Trainer:
         self._watch.ledger("rollback", {"step": plan.step + 1, "to": found, "why": verdict.why, "rows_passed": rows})
 
     def _doubt(self, error: CorruptionError) -> None:
-        """Nothing that was saved since the state was last known to be good is to be gone on from.
-
-        Memory is compared with what it was one step before; copies may have parted at any step since they were equal.
-        """
+        """Nothing that was saved since the state was last known to be good is to be gone on from."""
         self._watch.ledger("corruption", error.facts)
         if self._saver.step == self._counters.step:
             self._saver.drop()
         self._saver.settle()
-        before = self._counters.step - 1
-        self._saver.forget_after(min(before, self._known_good) if error.found.check == REPLICAS else before)
+        self._saver.forget_after(self._integrity.leads_back_to(error.found))
+
+    def _back_to(self) -> set[int]:
+        """Steps that a policy or a check may lead back to from here on."""
+        step, interval = self._counters.step, self._config.checkpoint.interval
+        spike, streak = regular(interval, step, self._first_step, step), self._counters.judged.skipped_in_a_row
+        return {spike, step - streak} | self._integrity.may_lead_back_to(step)
 
     def _elsewhere(self) -> bool:
         """Whether the run stands in another phase."""
