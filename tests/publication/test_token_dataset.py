@@ -6,39 +6,28 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
-import numpy as np
 import pytest
 from huggingface_hub import DatasetCard, HfApi
 
 from headrace.artifacts import manifest as manifests
-from headrace.artifacts.files import read_json, write_json
+from headrace.artifacts.files import read_json
 from headrace.errors import UserError
 from headrace.publication import hub as hub_module
 from headrace.publication.facts import DataSource
 from headrace.publication.gate import inspect_dataset
 from headrace.publication.hub import DATASET, push
 from headrace.publication.token_dataset import DatasetFacts, build_dataset
-from headrace.tokens.indexed import IndexedWriter
-from publication.publication_fixtures import FAULTS, FINGERPRINT, emptied, failing, local_files
+from publication.publication_fixtures import FAULTS, FINGERPRINT, SHARDS, emptied, failing, local_files, token_shards
 
 _REPO = "me/tokens"
 _REMOTE = f"datasets/{_REPO}"
-SHARDS = {f"train-{number:05d}-of-00005": 30 + number for number in range(5)} | {"heldout-00000-of-00001": 7}
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own uploads
 
 
 @pytest.fixture(name="tokens", scope="module")
 def _tokens(tmp_path_factory):
-    """As the tokenize stage leaves it."""
-    folder, splits = tmp_path_factory.mktemp("tokenize"), {}
-    for name, count in SHARDS.items():
-        rows = [[*range(2, 2 + number % 9), 1] for number in range(count)]
-        with IndexedWriter(folder / name) as writer:
-            ids = np.array([id_ for row in rows for id_ in row], np.int32)
-            writer.add(ids, np.array([len(row) for row in rows], np.int32))
-        shard = {"name": name, "tokens": len(ids), "documents": count}
-        splits.setdefault(name.split("-")[0], {"shards": []})["shards"].append(shard)
-    write_json(folder / "dataset.json", {"eos": 1, "tokenizer": "sha256:0123", "splits": splits})
+    folder = tmp_path_factory.mktemp("tokenize")
+    token_shards(folder)
     manifests.build(folder, kind="tokenize", producer={}, inputs={}, summary={})
     return folder
 
