@@ -87,18 +87,18 @@ def body(run: Run) -> Outcome:
 
 def _refuse_unknown_code(run: Run) -> None:
     """What others load names the code that made it, stage by stage; a local folder may be made of anything."""
-    codes = {"the code at work": (provenance.code_version(), "commit them")}
+    codes = {"the code at work": (provenance.code_version(), "")}
     for place in run.parents.values():
         code = read_json(place.folder / "provenance.json")["code"]
-        codes[f"the code that made {place.folder}"] = code, "commit them, move that folder away and make it again"
-    for what, (code, remedy) in codes.items():
+        codes[f"the code that made {place.folder}"] = code, ", move that folder away and make it again"
+    for what, (code, again) in codes.items():
         if code["dirty"]:
-            wrong = f"{what} has uncommitted changes; {remedy}"
+            wrong = f"has uncommitted changes; commit them{again}"
         elif code["commit"] is None:
-            wrong = f"{what} is of an unknown commit; use a git checkout of Headrace that git can read"
+            wrong = f"is of an unknown commit; use a git checkout of Headrace that git can read{again}"
         else:
             continue
-        raise UserError(f"publish.push=true: {wrong}, or set publish.allow_dirty=true")
+        raise UserError(f"publish.push=true: {what} {wrong}, or set publish.allow_dirty=true")
 
 
 def _build(run: Run) -> _Built:
