@@ -44,6 +44,7 @@ class Pull:
     merged: str | None = None
     author: str = "me"
     draft: bool = True  # as those that are opened through the API; not to be merged
+    closed: bool = False
 
 
 @dataclass

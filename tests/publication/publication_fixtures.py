@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from headrace.artifacts.files import write_json
 from headrace.errors import UserError
 from headrace.publication.facts import CardFacts, DataSource, Measurement
+from headrace.tokens.indexed import IndexedWriter
 from loopback_hub import CUT, LOST, LoopbackHub
 
 FINGERPRINT = "0123456789ab"
+SHARDS = {f"train-{number:05d}-of-00005": 30 + number for number in range(5)} | {"heldout-00000-of-00001": 7}
 FAULTS = [401, 403, 412, 429, 500, CUT, LOST]  # each at every request of a push
 
 
@@ -69,6 +72,19 @@ def model_folder(folder: Path, shards: int = 2, value: float = 1.0) -> Path:
     for name, value_ in documents.items():
         (folder / name).write_text(json.dumps(value_, ensure_ascii=False), encoding="utf-8")
     return folder
+
+
+def token_shards(folder: Path) -> None:
+    """What a tokenize stage leaves, in small, without the artifact's manifest."""
+    splits = {}
+    for name, count in SHARDS.items():
+        rows = [[*range(2, 2 + number % 9), 1] for number in range(count)]
+        with IndexedWriter(folder / name) as writer:
+            ids = np.array([id_ for row in rows for id_ in row], np.int32)
+            writer.add(ids, np.array([len(row) for row in rows], np.int32))
+        shard = {"name": name, "tokens": len(ids), "documents": count}
+        splits.setdefault(name.split("-")[0], {"shards": []})["shards"].append(shard)
+    write_json(folder / "dataset.json", {"eos": 1, "tokenizer": "sha256:0123", "splits": splits})
 
 
 def local_files(folder: Path) -> dict[str, bytes]:

@@ -6,39 +6,28 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
-import numpy as np
 import pytest
 from huggingface_hub import DatasetCard, HfApi
 
 from headrace.artifacts import manifest as manifests
-from headrace.artifacts.files import write_json
+from headrace.artifacts.files import read_json
 from headrace.errors import UserError
 from headrace.publication import hub as hub_module
 from headrace.publication.facts import DataSource
 from headrace.publication.gate import inspect_dataset
 from headrace.publication.hub import DATASET, push
 from headrace.publication.token_dataset import DatasetFacts, build_dataset
-from headrace.tokens.indexed import IndexedWriter
-from publication.publication_fixtures import FAULTS, FINGERPRINT, emptied, failing, local_files
+from publication.publication_fixtures import FAULTS, FINGERPRINT, SHARDS, emptied, failing, local_files, token_shards
 
 _REPO = "me/tokens"
 _REMOTE = f"datasets/{_REPO}"
-SHARDS = {f"train-{number:05d}-of-00005": 30 + number for number in range(5)} | {"heldout-00000-of-00001": 7}
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own uploads
 
 
 @pytest.fixture(name="tokens", scope="module")
 def _tokens(tmp_path_factory):
-    """As the tokenize stage leaves it."""
-    folder, splits = tmp_path_factory.mktemp("tokenize"), {}
-    for name, count in SHARDS.items():
-        rows = [[*range(2, 2 + number % 9), 1] for number in range(count)]
-        with IndexedWriter(folder / name) as writer:
-            ids = np.array([id_ for row in rows for id_ in row], np.int32)
-            writer.add(ids, np.array([len(row) for row in rows], np.int32))
-        shard = {"name": name, "tokens": len(ids), "documents": count}
-        splits.setdefault(name.split("-")[0], {"shards": []})["shards"].append(shard)
-    write_json(folder / "dataset.json", {"eos": 1, "tokenizer": "sha256:0123", "splits": splits})
+    folder = tmp_path_factory.mktemp("tokenize")
+    token_shards(folder)
     manifests.build(folder, kind="tokenize", producer={}, inputs={}, summary={})
     return folder
 
@@ -65,7 +54,8 @@ def small_commits(monkeypatch):
 
 def publish(hub, tree, most=3):
     kind = hub_module.Kind(DATASET.repo_type, DATASET.inspect, DATASET.prefix, files_per_commit=most)
-    return push(tree, _REPO, private=True, message=f"Small: tokens, {FINGERPRINT}", endpoint=hub.url, kind=kind)
+    message = f"Small: tokens, {read_json(tree / 'headrace.json')['fingerprint']}"
+    return push(tree, _REPO, private=True, message=message, endpoint=hub.url, kind=kind)
 
 
 def held(hub, revision="main"):
@@ -126,7 +116,8 @@ def test_it_goes_through_one_pull_request_and_is_merged_and_tagged(view, hub, tr
     assert held(hub) == held(hub, FINGERPRINT) == local_files(tree)
     (pull,) = repository.pulls.values()
     assert pull.merged == repository.head == done.commit
-    assert repository.messages[1:] == [pull.title] * (1 + -(-len(local_files(tree)) // 3))
+    *sent, merged = repository.messages[1:]
+    assert sent == [f"Small: tokens, {FINGERPRINT}"] * -(-len(local_files(tree)) // 3) and merged == pull.title
     again = publish(hub, tree)
     assert not again.changed and len(repository.pulls) == 1
     loaded = huggingface_hub.snapshot_download(
@@ -176,8 +167,28 @@ def test_the_next_data_set_leaves_the_first_one_whole(fault, hub, trees, tokens,
 def test_another_persons_pull_request_of_the_same_title_is_not_gone_on_with(hub, trees, monkeypatch):
     api = HfApi(endpoint=hub.url, token=hub.token)
     api.create_repo(_REPO, repo_type="dataset", private=True)
-    api.create_pull_request(_REPO, f"Small: tokens, {FINGERPRINT}", repo_type="dataset")
+    base = hub.repositories[_REMOTE].head
+    api.create_pull_request(_REPO, f"Small: tokens, {FINGERPRINT} on {base[:12]}", repo_type="dataset")
     hub.repositories[_REMOTE].pulls[1].author = "somebody"
     publish(hub, trees / "arrow")
     assert hub.repositories[_REMOTE].pulls[1].merged is None
     assert hub.repositories[_REMOTE].pulls[2].merged is not None
+
+
+@pytest.mark.parametrize(("method", "pattern"), [("GET", "/tree/refs%2Fpr%2F2"), ("POST", "/merge")])
+def test_a_pull_request_that_began_before_another_data_set_came_blocks_nothing(
+    method, pattern, hub, trees, tokens, tmp_path
+):
+    """Both changed the card and the manifest, so git cannot merge what was cut off, empty or full, any more."""
+    build_dataset(tmp_path / "next", tokens, facts("arrow", fingerprint="ba9876543210"))
+    publish(hub, trees / "megatron")
+    repository = hub.repositories[_REMOTE]
+    hub.fail(method, pattern, 403)
+    with pytest.raises(UserError, match="403"):
+        publish(hub, tmp_path / "next")
+    build_dataset(tmp_path / "third", tokens, facts("megatron", fingerprint="cdefcdefcdef"))
+    publish(hub, tmp_path / "third")
+    assert not repository.pulls[2].closed, "of another data set"
+    publish(hub, tmp_path / "next")
+    assert held(hub) == held(hub, "ba9876543210") == local_files(tmp_path / "next")
+    assert [pull.closed for pull in repository.pulls.values()] == [False, True, False, False]

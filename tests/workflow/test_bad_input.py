@@ -101,7 +101,7 @@ def test_a_moving_average_that_was_not_kept(tiny: Project, tmp_path: Path) -> No
 
 def test_a_push_without_a_token(tiny: Project, tmp_path: Path) -> None:
     project = copy_of(tiny, tmp_path, ("corpus", "tokenizer", "tokenize", "pretrain", "convert", "evaluate"))
-    words = ("publish.repo_id=me/model", "publish.allow_dirty=true")
+    words = ("publish.repo_id=me/model", "publish.push=true", "publish.allow_dirty=true")
     line = complaint(stage("publish", project.folder, *words, HF_HOME=str(tmp_path / "home")))
     assert "HF_TOKEN" in line
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_a_pushed_model_is_private_tagged_and_loads_from_the_hub_with_equal_logi
     with LoopbackHub() as hub:
         environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home")}
         publish = project.command(
-            "publish", settings="publish.repo_id=me/tiny publish.kernels=me publish.allow_dirty=true"
+            "publish", settings="publish.repo_id=me/tiny publish.kernels=me publish.push=true publish.allow_dirty=true"
         )
         result = subprocess.run(publish, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
         assert result.returncode == 0, result.stderr
@@ -58,7 +59,7 @@ def test_without_a_repository_the_kernels_folders_lie_beside_the_models_and_the_
     tiny: Project, tmp_path: Path
 ) -> None:
     project = copy_of(tiny, tmp_path / "project", STAGES[:-2])
-    result = project.run("publish", settings="publish.kernels=my-org")
+    result = project.run("publish", settings="publish.kernels=my-org publish.title=/secret/Model")
     assert result.returncode == 0, result.stderr
     assert "local folder; 4 kernel repositories of my-org" in result.stderr
     artifact = project.place("publish") / "artifact"
@@ -68,5 +69,7 @@ def test_without_a_repository_the_kernels_folders_lie_beside_the_models_and_the_
         (f"my-org/{folder.name}", "v1", None, None) for folder in (artifact / "kernels").iterdir()
     }
     assert len(published["kernels"]) == 4
+    (command,) = re.findall(r"```bash\n(.*?)\n```", (artifact / "repository" / "README.md").read_text(), re.DOTALL)
+    assert "publish.title=Model" in command and "/" not in command, "no folder of this machine"
     shown = _publication(artifact, load(["experiment=tiny"]))
     assert (shown.repository, shown.files) == (None, len(published["files"]))

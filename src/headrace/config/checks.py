@@ -214,6 +214,13 @@ def _across_groups(config: Config) -> list[str]:
         )
     if config.tokenizer.source == "file" and not config.tokenizer.path:
         wrong.append("tokenizer.source=file needs tokenizer.path, the path of a tokenizer.json")
+    publish = config.publish
+    if publish.push and not any(
+        (publish.repo_id, publish.kernels, publish.dataset, publish.cache, publish.checkpoints)
+    ):
+        wrong.append(
+            "publish.push=true has nothing to send; name publish.repo_id, kernels, dataset, cache or checkpoints"
+        )
     return wrong
 
 

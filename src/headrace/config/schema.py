@@ -280,7 +280,8 @@ class PublishConfig:
     """What is published, and where."""
 
     __pydantic_config__ = CLOSED
-    repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # null writes the local folder only
+    push: bool  # the go-ahead for all that is named below; false builds and lists it
+    repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # model repository
     private: bool
     kernels: Annotated[str, Field(pattern=r"^[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*$", max_length=96)] | None
     dataset: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # data set repository for the tokens
@@ -289,7 +290,7 @@ class PublishConfig:
     checkpoints: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None  # bucket for the kept checkpoints
     license: str  # an SPDX identifier or 'other', for the model card
     title: str
-    allow_dirty: bool  # push what code with uncommitted changes has made
+    allow_dirty: bool  # push what code with uncommitted changes, or of an unknown commit, has made
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ Someone else's commit in between makes the Hub refuse ours. A push that was cut 
 whole commit; the next one ends it. The token comes from the environment and goes nowhere else.
 
 A data set of many shards goes into a pull request instead, some files to a commit; a later push goes on in the same
-one. When all of it is there and the same, it is merged at once: main holds the old data or the new.
+one while main stands where it stood. When all of it is there and the same, it is merged at once: main holds the old
+data or the new. One that began on an older main could conflict with it for ever: it is closed, another one opened.
 
 Models, kernels and data sets are repositories of different types; `Kind` holds the difference.
 """
@@ -234,7 +235,8 @@ class _Push:
         if not wanted and not stale:
             return head.commit
         if self.kind.files_per_commit:
-            commit = self._merge(wanted, stale, message, self.kind.files_per_commit)
+            pull = self._pull_request(message, f"{message} on {head.commit[:12]}")
+            commit = self._merge(pull, wanted, stale, message, self.kind.files_per_commit)
         else:
             commit = self._commit(wanted, stale, message, self.branch, parent=head.commit)
         self._compare(commit)
@@ -243,9 +245,8 @@ class _Push:
     def _is_same(self, name: str, remote: RepoFile | None) -> bool:
         return is_same(self.folder / name, self.hashes[name], remote)
 
-    def _merge(self, wanted: list[str], stale: list[str], message: str, most: int) -> str:
+    def _merge(self, pull: Discussion, wanted: list[str], stale: list[str], message: str, most: int) -> str:
         """Bring the files into a pull request, `most` to a commit, and merge it when it holds them all."""
-        pull = self._pull_request(message)
         reference = f"refs/pr/{pull.num}"
         there = self._tree(reference)
         missing = [name for name in wanted if not self._is_same(name, there.get(name))]
@@ -261,13 +262,22 @@ class _Push:
         assert info.sha is not None
         return info.sha
 
-    def _pull_request(self, title: str) -> Discussion:
-        """Ours of this title that is not merged, or a new one; on public repositories others may open some too."""
-        me = self.api.whoami()["name"]
-        for found in self.api.get_repo_discussions(self.repo_id, author=me, repo_type=self.repo_type):
-            if found.is_pull_request and found.title == title and found.status in ("open", "draft"):
-                return found
-        return self.api.create_pull_request(self.repo_id, title, repo_type=self.repo_type)
+    def _pull_request(self, message: str, title: str) -> Discussion:
+        """Ours of this title that is not merged, or a new one; on public repositories others may open some too.
+
+        The title names the commit of main where it began. Ours of the same message that began elsewhere are closed.
+        """
+        me, ours = self.api.whoami()["name"], None
+        for found in list(self.api.get_repo_discussions(self.repo_id, author=me, repo_type=self.repo_type)):
+            if not found.is_pull_request or found.status not in ("open", "draft"):
+                continue
+            if found.title == title:
+                ours = found
+            elif found.title.startswith(f"{message} on "):
+                self.api.change_discussion_status(
+                    self.repo_id, found.num, new_status="closed", repo_type=self.repo_type
+                )
+        return ours or self.api.create_pull_request(self.repo_id, title, repo_type=self.repo_type)
 
     def _commit(
         self, wanted: list[str], stale: list[str], message: str, revision: str, parent: str | None = None

@@ -37,7 +37,7 @@ class DatasetFacts:
     license: str  # an SPDX identifier, or 'other'
     repo_id: str | None
     model: str | None  # the model's repository, whose tokenizer this is
-    fingerprint: str  # of the tokenize stage
+    fingerprint: str  # of the tokens and of what is said of them; the tag under which the repository is found again
     view: View
     sources: Sequence[DataSource]
     versions: Mapping[str, str]

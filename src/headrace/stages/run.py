@@ -98,6 +98,7 @@ class Run:
     config: Config  # a view that refuses groups which the stage's fingerprint does not cover
     lock: Lock
     command: str  # makes the same run again
+    overrides: tuple[str, ...]  # that it was asked for with
     parents: dict[str, Place]
     output: Path
     deadline: Deadline
@@ -208,7 +209,7 @@ def _work(job: _Job, log: logging.Logger) -> str:
     with _open_tracker(config, place, parents, job.places["report"].fingerprint, log) as tracker:
         seen = cast(Config, CoveredConfig(config, readable_groups(row, config)))
         command = command_for(job.overrides)
-        run = Run(place, seen, job.lock, command, parents, output, job.deadline, log, tracker)
+        run = Run(place, seen, job.lock, command, job.overrides, parents, output, job.deadline, log, tracker)
         outcome = job.door.body(run)
         manifest = manifests.build(
             output,
