@@ -47,6 +47,15 @@ def test_a_stage_that_fails_ends_it(calls: list[tuple[str, ...]], monkeypatch: p
     assert calls == []
 
 
+def test_a_fault_of_ours_is_told_with_its_traceback(
+    calls: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablations, "_fingerprint", lambda words: {}[words[0]])
+    assert ablations.main([]) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told and told.endswith("headrace ablations: KeyError: 'experiment=ablations'\n")
+
+
 @pytest.mark.parametrize("named", ["experiment=tiny", "experiment=ablations_dense"])
 def test_another_experiment_is_refused(named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ablations.main([named]) == 2
