@@ -75,7 +75,7 @@ def test_the_report_shows_values_differences_and_the_command(demo_facts: ReportF
         f"{OTHER} differs from {OURS} in recipe.learning_rate.peak=0.002",
         f"extra: acc: not in {OTHER}",
         f"snakemake compare --config runs=[{OURS},{OTHER}]",
-        "Source: compare/aaaaaaaaaaaa/compare.json , of snakemake compare",
+        f"Source: compare/aaaaaaaaaaaa/compare.json , of snakemake compare --config runs=[{OURS},{OTHER}]",
     ):
         assert expected in text, (expected, text)
     assert page.count('href="#compared"') == 1

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,12 @@ def test_a_real_dataset_makes_a_page(data: Data, demo_facts: ReportFacts) -> Non
 
 def test_items_that_were_found_are_counted_by_task() -> None:
     said = "30, their documents dropped; 4 of 164 items too short to be sought"
-    assert contaminated(mixed_data()) == {"humaneval_likelihood": said}
-    assert contaminated(environment_data()) == {"humaneval_likelihood": "none"}
-    assert contaminated(replace(environment_data(), contamination=None)) == contaminated(None) == {}
+    assert contaminated(mixed_data(), None) == {"humaneval_likelihood": said}
+    assert contaminated(environment_data(), None) == {"humaneval_likelihood": "none"}
+    assert contaminated(replace(environment_data(), contamination=None), None) == contaminated(None, None) == {}
+
+
+def test_text_behind_other_weights_was_not_searched_and_is_not_said_to_be_clean(demo_facts: ReportFacts) -> None:
+    begun = replace(demo_facts, weights_from="0f3b6a1c9d2e@1400")
+    unknown = "not known: weights come from 0f3b6a1c9d2e@1400; in this run's text: none"
+    assert unknown in unescape(render(begun)) and "not known" not in render(demo_facts)

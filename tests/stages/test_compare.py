@@ -164,6 +164,15 @@ def test_runs_with_other_items_are_refused(results: Path, capsys: pytest.Capture
     assert told.count("\n") == 1 and not (results / "compare").exists()
 
 
+def test_a_fault_of_ours_is_told_with_its_traceback(
+    results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "find", lambda results, prefix: {}[prefix])
+    assert call(results, "[3fa,3fb]") == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told and told.endswith("headrace compare: KeyError: '3fa'\n")
+
+
 def test_a_damaged_result_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = results / "evaluate" / B / "artifact" / "items.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"acc": 0.0', b'"acc": 1.0', 1))

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+from headrace.launch.deadline import StopRequested
 from tracking.tracking_fixtures import open_tracker
 from wandb_file import read_wandb
 
@@ -55,6 +58,20 @@ def test_a_killed_stage_is_finished_as_failed_and_a_resumed_one_goes_on_behind_i
     assert second.exit_code == 0 and second.run_id == first.run_id
     assert [row["_step"] for row in second.history] == list(range(21, 31))
     assert [row["loss"] for row in first.history + second.history] == [10.0 - step for step in range(1, 31)]
+
+
+def test_what_a_stage_logged_before_it_was_asked_to_stop_is_there_though_it_did_not_wait(tmp_path):
+    with pytest.raises(StopRequested), open_tracker(tmp_path) as tracker:
+        for step in range(1, 11):
+            tracker.log(step, {"loss": 10.0 - step})
+        raise StopRequested("SIGTERM")
+    assert not (tmp_path / "mirror.json").exists()
+    with open_tracker(tmp_path) as tracker:  # at once, as the rule's shell line does
+        tracker.log(11, {"loss": -1.0})
+    found = fragments(tmp_path)
+    assert found[-1].exit_code == 0
+    rows = [row for run in found for row in run.history]
+    assert [(row["_step"], row["loss"]) for row in rows] == [(step, 10.0 - step) for step in range(1, 12)]
 
 
 def test_a_killed_mirror_is_made_up_for(tmp_path):

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from headrace.launch.deadline import StopRequested
 from headrace.tracking.journal import read_history
+from headrace.tracking.mirror import is_busy
 from tracking.tracking_fixtures import CANARY, INPUTS, open_tracker, write_manifest
 from wandb_file import read_wandb
 
@@ -113,6 +115,26 @@ def test_a_wandb_that_hangs_is_ended_in_time_and_leaves_no_process(tmp_path, mon
     assert len(warnings.lines) == 1 and "did not end within 1 s" in warnings.lines[0]
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.parametrize("stop", [StopRequested, KeyboardInterrupt])
+def test_a_stage_that_was_asked_to_stop_does_not_wait_for_a_wandb_that_hangs(tmp_path, monkeypatch, stop):
+    pid = tmp_path / "pid"
+    hang = f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    monkeypatch.setenv("PYTHONPATH", fake_wandb(tmp_path, hang))
+    warnings = Warnings()
+    with pytest.raises(stop), open_tracker(tmp_path / "t", log=warnings.logger, finish_seconds=3.0) as tracker:
+        tracker.log(1, {"loss": 1.0})
+        while not pid.exists() or not pid.read_text():
+            time.sleep(0.02)
+        begun = time.monotonic()
+        raise stop
+    assert time.monotonic() - begun < 1 and warnings.lines == []
+    assert json.loads((tmp_path / "t" / "run.json").read_text())["exit_code"] == 1
+    deadline = time.monotonic() + 30
+    while is_busy(tmp_path / "t"):  # it ends by itself
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_disk_without_room_costs_one_warning_per_file(tmp_path):

@@ -5,7 +5,7 @@ axis, and everything in full beside it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,12 @@ def read_comparison(path: Path, results: Path) -> Comparison:
 def section(found: Comparison) -> dict[str, Any]:
     """All that the template of one comparison needs."""
     names = list(found.runs)
+    command = f"snakemake compare --config runs=[{','.join(names)}]"
     return {
         "found": found,
-        "command": f"snakemake compare --config runs=[{','.join(names)}]",
+        "command": command,
         "figures": [
-            _figure(found, name, metric)
+            replace(_figure(found, name, metric), made_by=command)
             for name in names[1:]
             for metric in dict.fromkeys(row.metric for row in found.rows)
         ],

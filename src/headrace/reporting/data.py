@@ -112,12 +112,16 @@ def _contamination(facts: Mapping[str, Any]) -> Contamination | None:
     return Contamination(tasks, tuple(found), facts["dropped"].get(_CONTAMINATED, 0))
 
 
-def contaminated(data: Data | None) -> dict[str, str]:
-    """By task, how many of its items were found in the text, before it was split; no entry: not looked for."""
+def contaminated(data: Data | None, weights_from: str | None) -> dict[str, str]:
+    """By task, how many of its items were found in the text, before it was split; no entry: not looked for.
+
+    Where training went on from other weights, the text behind those is not this run's, and was not searched for it.
+    """
     if data is None or data.contamination is None:
         return {}
     counts = Counter(each.item.partition("/")[0] for each in data.contamination.found)
-    return {task.name: _found(counts[task.name], task) for task in data.contamination.tasks}
+    unknown = f"not known: weights come from {weights_from}; in this run's text: " if weights_from else ""
+    return {task.name: unknown + _found(counts[task.name], task) for task in data.contamination.tasks}
 
 
 def _found(count: int, task: SoughtTask) -> str:

@@ -383,3 +383,4 @@ class ReportFacts:
     code: Mapping[str, str]  # "commit", "work tree"
     study: PrecisionStudy | None = None  # None: this report was not asked to show one
     reliability: Reliability | None = None
+    weights_from: str | None = None  # what training went on from

@@ -142,7 +142,7 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         "precision": precision.section(facts.study) if facts.study else None,
         "kinds": figures.kinds_figure(evaluation, results) if evaluation else None,
         "tasks": figures.task_figures(evaluation, results) if evaluation else [],
-        "contaminated": data.contaminated(facts.data),
+        "contaminated": data.contaminated(facts.data, facts.weights_from),
         "commands": _commands(facts),
         "baselines": _baseline_names(facts),
         "paired": (paired := _paired_names(facts)),

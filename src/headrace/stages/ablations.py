@@ -1,19 +1,20 @@
 """ablations: the paper's comparisons at demo size, trained, evaluated and compared in one go. Not a stage.
 
     python -m headrace.stages.ablations [key=value ...]
-    snakemake ablations [--config set="recipe.tokens=1e6"]
+    snakemake --config experiment=ablations [set="recipe.tokens=1e6"]
 
 MTP or none (report, section 4.5.1), balancing by bias or by an auxiliary loss (4.5.2), experts or a dense twin, Muon or
 AdamW: each is `conf/experiment/ablations_<name>.yaml`, which differs from `ablations` by that alone; text, rows, seeds,
 budget and items are the same. Stages that are finished are passed over, so a stop costs what was at work. What follows
 is `compare` of the five, whatever it finds.
 
-`experiment=ablations` names the baseline among them and may be said here, too; without this program, as in
-`snakemake --config experiment=ablations`, it is a run like any other and trains the baseline alone.
+`snakemake ablations` is the same. `experiment=ablations` names the baseline among them and may be said here, too; for
+any other program and target, as in `snakemake all --config experiment=ablations`, it is a run like any other.
 """
 
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 
 from headrace.config.compose import load
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = write(config, [_fingerprint([f"experiment={experiment}", *words]) for experiment in EXPERIMENTS])
     except (Exception, KeyboardInterrupt) as error:
         code, reason = explain(error)
+        if code == 1:
+            traceback.print_exc()
         return fail("ablations", reason, code)
     print((folder / TABLE).read_text(encoding="utf-8"))
     print(folder / TABLE, file=sys.stderr)

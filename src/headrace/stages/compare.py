@@ -11,6 +11,7 @@ page, and a tracked run with the differences. Reports of these runs that are fin
 
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = write(config, prefixes(named))
     except (Exception, KeyboardInterrupt) as error:
         code, reason = explain(error)
+        if code == 1:
+            traceback.print_exc()
         return fail("compare", reason, code)
     print((folder / TABLE).read_text(encoding="utf-8"))
     print(folder / TABLE, file=sys.stderr)

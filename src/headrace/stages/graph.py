@@ -96,11 +96,16 @@ class Graph:
         """The log of `snakemake compare`."""
         return f"{self.config.paths.results}/compare.log"
 
-    def compare_command(self, runs: str | list[str]) -> str:
-        """The shell line of `snakemake compare`; `runs` are beginnings of evaluate's fingerprints."""
-        named = runs if isinstance(runs, str) else ",".join(runs)
+    def compare_command(self, runs: list[str] | str | float | None) -> str:
+        """The shell line of `snakemake compare`; `runs`, as Snakemake read them, name runs of evaluate."""
+        named = ",".join(runs) if isinstance(runs, list) else runs
         words = " ".join([_quote(f"runs=[{named}]"), self._arguments()])
         return f"{_quote(sys.executable)} -m headrace.stages.compare {words} 2>&1 | tee {{log:q}}"
+
+    @property
+    def ablates(self) -> bool:
+        """Whether `experiment=ablations` was asked for, which without a target means all of its runs."""
+        return "experiment=ablations" in self._overrides
 
     def ablations_log(self) -> str:
         """The log of `snakemake ablations`."""

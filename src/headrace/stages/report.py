@@ -16,6 +16,7 @@ from headrace.reporting.facts import PrecisionStudy, Publication, ReportFacts
 from headrace.reporting.page import with_comparisons, write_report
 from headrace.reporting.reliability import RELIABILITY, read_reliability
 from headrace.reporting.table import summary_table
+from headrace.stages.imported import origin
 from headrace.stages.places import Place
 from headrace.stages.publish import PUBLICATION, repository_of
 from headrace.stages.run import Door, Outcome, Run, main
@@ -61,6 +62,7 @@ def collect(run: Run) -> ReportFacts:
         publication=_publication(folders["publish"], config),
         study=_study(run, folders),
         reliability=read_reliability(folders["pretrain"] / RELIABILITY),
+        weights_from=origin(config.train.from_, run.place.folder.parents[1]),
         versions=trained["versions"],
         machine={key.replace("_", " "): str(value) for key, value in trained["machine"].items()},
         code={

@@ -17,7 +17,8 @@ import select
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,22 +81,21 @@ def is_busy(folder: Path) -> bool:
 
 def mirror(folder: Path) -> None:
     """Follow the run in `folder` until standard input ends, then finish there and note how far it came."""
-    stage = os.getppid()
+    record, state, ended = RunRecord.read(folder), MirrorState(), threading.Event()
     os.nice(_NICENESS)
+    watched = (os.getppid(), ended, record.finish_seconds, lambda: state.offset)
+    threading.Thread(target=_watch, args=watched, daemon=True).start()
     with _alone(folder):
-        record = RunRecord.read(folder)
         state = MirrorState.read(folder, record.backend)
         if record.backend == "wandb" and record.wandb == "offline":
             _drop_unfinished(folder, state)
         remote = begin(folder, record)
         floor = max(state.step, remote.last_step)
-        ended = False
-        while not ended:
-            ended = _stage_ended(stage)
+        last = False
+        while not last:
+            last = ended.wait(_POLL_SECONDS)
             _copy(folder / METRICS_FILE, remote, state, floor)
-        record = RunRecord.read(folder)
-        _give_up_after(record.finish_seconds)
-        _finish(folder, remote, record, state)
+        _finish(folder, remote, RunRecord.read(folder), state)
         state.write(folder)
 
 
@@ -138,11 +138,19 @@ def _stage_ended(stage: int) -> bool:
     return bool(readable) or os.getppid() != stage
 
 
-def _give_up_after(seconds: float) -> None:
-    """End the process when the service does not, whatever it hangs in: nothing must outlive the stage for long."""
-    timer = threading.Timer(seconds, os._exit, args=(3,))
-    timer.daemon = True
-    timer.start()
+def _watch(stage: int, ended: threading.Event, seconds: float, progress: Callable[[], int]) -> None:
+    """Note the stage's end; then end this process once it gets no further for `seconds`, whatever it hangs in.
+
+    A stage that was killed or asked to stop does not wait for it, and nothing must outlive the stage for long.
+    """
+    while not _stage_ended(stage):
+        pass
+    ended.set()
+    before = -1
+    while (now := progress()) != before:
+        before = now
+        time.sleep(seconds)
+    os._exit(3)
 
 
 if __name__ == "__main__":

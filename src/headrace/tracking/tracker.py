@@ -1,9 +1,10 @@
 """The tracked run of one stage: metrics, summary and artifacts, written locally first and mirrored to W&B or trackio.
 
-Nothing here can stop or slow the stage. The JSONL is written and flushed at once; a disk that is full, a service
-that is broken, slow, unreachable or killed costs one warning, after which the run goes on. The service is imported,
-started and ended by another process (`mirror`), beside the stage and not in it; what it missed is made up for by the
-next start or by `headrace.tracking.sync`.
+Nothing here can stop the stage or slow its work. The JSONL is written and flushed at once; a disk that is full, a
+service that is broken, slow, unreachable or killed costs one warning, after which the run goes on. The service is
+imported, started and ended by another process (`mirror`), beside the stage and not in it; what it missed is made up for
+by the next start or by `headrace.tracking.sync`. Only when the work is done or has failed does the stage wait for the
+service, `finish_seconds` at most; one that was asked to stop does not, since whoever asked may soon kill it.
 """
 
 import contextlib
@@ -30,7 +31,8 @@ class Tracker:
     `folder` is the run's own and is used again when the stage goes on after a stop: same id, same files.
     `run_id` is `<stage>-<fingerprint>`, `group` names the pipeline run, `job_type` the stage, `config` the stage's
     slice, `inputs` the artifacts that it reads as {"name": "<stage>-<fingerprint>", "kind", "hash": manifest hash}.
-    `backend` is where `wandb_mode` sends it, beside the JSONL. `close` waits at most `finish_seconds` for that to end.
+    `backend` is where `wandb_mode` sends it, beside the JSONL. `close` waits at most `finish_seconds` for that to end;
+    where a stop was asked for, as by `StopRequested` and `KeyboardInterrupt`, leaving the block waits for nothing.
     Raises `UserError` where the back end is not installed: one that is asked for is never left out silently.
     """
 
@@ -93,8 +95,8 @@ class Tracker:
         """Record that this run made an artifact; a copy of its manifest (not of its files) goes to W&B."""
         self._guard("run.json", lambda: self._add_artifact(name, kind, manifest_path))
 
-    def close(self, exit_code: int = 0) -> None:
-        """End the run with the stage's exit code: 0 is finished, anything else failed."""
+    def close(self, exit_code: int = 0, *, wait: bool = True) -> None:
+        """End the run with the stage's exit code: 0 is finished, anything else failed. The mirror ends by itself."""
         self._record.exit_code = exit_code
         self._guard("run.json", lambda: self._record.write(self._folder))
         if self._journal is not None:
@@ -102,7 +104,9 @@ class Tracker:
             self._journal.close()
             self._journal = None
         if self._mirror is not None:
-            self._guard(self._service, self._end_mirror)
+            self._guard(self._service, self._tell_mirror)
+            if wait:
+                self._guard(self._service, self._await_mirror)
             self._mirror = None
 
     def __enter__(self) -> Self:
@@ -111,7 +115,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(0 if kind is None else 1)
+        # What is no `Exception` is a request to stop.
+        self.close(0 if kind is None else 1, wait=kind is None or issubclass(kind, Exception))
 
     def _open_journal(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -143,10 +148,13 @@ class Tracker:
                 start_new_session=True,  # an interrupt at the terminal is for the stage, which then ends the mirror
             )
 
-    def _end_mirror(self) -> None:
+    def _tell_mirror(self) -> None:
         assert self._mirror is not None and self._mirror.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._mirror.stdin as pipe:
             pipe.write(b".")  # closing alone says nothing while a forked worker holds the pipe too
+
+    def _await_mirror(self) -> None:
+        assert self._mirror is not None
         try:
             code = self._mirror.wait(self._record.finish_seconds)
         except subprocess.TimeoutExpired:
