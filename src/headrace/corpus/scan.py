@@ -3,11 +3,13 @@
 A scan is a small Parquet file, one row a document in reading order: digest, bytes, group, kind, root, and the rule that
 drops it already here (length, quality, a repetition within the piece), if any. It is a function of piece and settings,
 so scans are made in any order, by any number of workers; one that is there with the same inputs is not made again. It
-is published in one rename: a killed scan leaves nothing but perhaps a temporary file, which `select` sweeps away.
+is published in one rename: a killed scan leaves nothing but perhaps a temporary file, which `select` sweeps away. It is
+sealed (`sealed`): one that is damaged is found, named and made again.
 """
 
 import hashlib
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,7 @@ from headrace.corpus.quality import open_filters
 from headrace.corpus.quarantine import Quarantine
 from headrace.corpus.readers import Damaged, Document, read_documents, too_long
 from headrace.corpus.remote import is_remote, look_up
+from headrace.corpus.sealed import open_sealed, seal
 from headrace.errors import UserError
 from headrace.tracking.progress import by_rule, progress_on
 
@@ -49,17 +52,19 @@ SCHEMA = pa.schema(
 _EXAMPLES = 5
 _HOPELESS = 10_000  # so many such documents and not one good one before them: not damage but a wrong setting
 _WRONG_SETTING = ("no field", "not valid JSON", "not a JSON object", "text is not a string")
+_LOG = logging.getLogger(__name__)
 _ROWS = 1 << 17  # rows kept as Python objects at once
 _SEARCHED_BYTES = 4_000_000
 
 
 @dataclass
 class Summary:
-    """What a scan says beside its rows and quarantine: damaged documents by rule, with examples; items found:
-    (documents, share)."""
+    """What a scan says beside its rows and quarantine: how many rows; damaged documents by rule, with examples; items
+    found: (documents, share)."""
 
     source: str
     inputs: str
+    rows: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     items: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -91,11 +96,12 @@ class Scanner:
         buffer = pa.BufferOutputStream()
         writer = pq.ParquetWriter(buffer, SCHEMA, compression="zstd", use_dictionary=["group", "kind", "root", "rule"])
         for rows in self._batches(piece, summary, aside):
+            summary.rows += len(rows)
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
         said = {"headrace": json.dumps(asdict(summary), sort_keys=True)}
         writer.add_key_value_metadata({**said, **aside.metadata()})
         writer.close()
-        write_atomic(path, buffer.getvalue().to_pybytes())
+        write_atomic(path, seal(buffer.getvalue().to_pybytes()))
         return path
 
     def said(self) -> str:
@@ -231,15 +237,16 @@ def _fetched_hash(found: Found, file: LockedFile, piece: Piece) -> str:
 
 
 def read_summary(path: Path) -> Summary:
-    """What a scan says beside its rows."""
-    return Summary(**json.loads(pq.read_metadata(path).metadata[b"headrace"]))
+    """What a scan says beside its rows; raises `UserError` for a damaged scan."""
+    return Summary(**json.loads(open_sealed(path).metadata.metadata[b"headrace"]))
 
 
 def _made_from(path: Path) -> str | None:
-    """The inputs of the scan at `path`; None where there is none, or a damaged one."""
+    """The inputs of the scan at `path`; None where there is none, or a damaged one, which is told."""
     try:
-        return read_summary(path).inputs
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return read_summary(path).inputs if path.exists() else None
+    except UserError:
+        _LOG.warning("%s: damaged; this piece is scanned again", path)
         return None
 
 
