@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.config.compose import load, overrides_from
+from headrace.config.schema import Config
 from headrace.config.shards import training_shards
 from headrace.corpus.pieces import count
 from headrace.corpus.sources import checked_lock, known_lock
+from headrace.errors import UserError
 from headrace.stages.batch_names import EXTRA_SHARDS, batch_folder, batch_names, per_job
 from headrace.stages.places import places
 from headrace.training.trials import trials
@@ -31,6 +33,12 @@ class Graph:
             command = shlex.join(["headrace", "index", *self._overrides])
             print(
                 f"{len(new)} new source files, e.g. {new[0]}, are left out; `{command}` takes them in", file=sys.stderr
+            )
+        if check_sources and (unsought := _unsought(self.config)):
+            print(
+                f"evaluated, but not sought in training text: items of {', '.join(unsought)}; `headrace items` writes "
+                "them down for corpus.contamination_items",
+                file=sys.stderr,
             )
         self._lock, self.places = lock, places(self.config, lock.hash)
 
@@ -122,6 +130,20 @@ class Graph:
             "slurm": f"[ $code -eq {_AGAIN} ] || exit $code; scontrol requeue $SLURM_JOB_ID; sleep 600",
         }[self.config.launch.rerun]
         return f"while true; do code=0; {command} || code=$?; [ $code -ne 0 ] || break; {again}; done"
+
+
+def _unsought(config: Config) -> list[str]:
+    """The evaluation's tasks of which the corpus stage seeks no items."""
+    tasks = [*config.evaluate.tasks, *(task.task for task in config.evaluate.harness)]
+    sought = set[str](config.corpus.contamination_tasks)
+    if config.corpus.contamination_items and not sought.issuperset(tasks):
+        from headrace.corpus.item_files import read_items  # imports numpy
+
+        try:
+            sought |= {item.id.partition("/")[0] for item in read_items(config.corpus.contamination_items)}
+        except UserError:  # the corpus stage says so, if it has to read them
+            return []
+    return [task for task in tasks if task not in sought]
 
 
 def _declare(made: str, output: str) -> str:
