@@ -227,7 +227,7 @@ def test_a_bit_flipped_anywhere_in_a_scan_is_told_and_the_scan_made_again(
         caplog.clear()
         scan_some(mixed, lock, [0], tmp_path / "scans")
         assert path.read_bytes() == whole
-        assert [record.getMessage() for record in caplog.records] == [f"{path}: damaged; this piece is scanned again"]
+        assert [record.getMessage() for record in caplog.records] == [f"{path}: damaged; it is made again"]
 
 
 def test_a_changed_and_a_vanished_source_are_named(mixed: CorpusConfig, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ sealed (`sealed`): one that is damaged is found, named and made again.
 
 import hashlib
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from headrace.corpus.quality import open_filters
 from headrace.corpus.quarantine import Quarantine
 from headrace.corpus.readers import Damaged, Document, read_documents, too_long
 from headrace.corpus.remote import is_remote, look_up
-from headrace.corpus.sealed import open_sealed, seal
+from headrace.corpus.sealed import find_sealed, open_sealed, seal
 from headrace.errors import UserError
 from headrace.tracking.progress import by_rule, progress_on
 
@@ -52,7 +51,6 @@ SCHEMA = pa.schema(
 _EXAMPLES = 5
 _HOPELESS = 10_000  # so many such documents and not one good one before them: not damage but a wrong setting
 _WRONG_SETTING = ("no field", "not valid JSON", "not a JSON object", "text is not a string")
-_LOG = logging.getLogger(__name__)
 _ROWS = 1 << 17  # rows kept as Python objects at once
 _SEARCHED_BYTES = 4_000_000
 
@@ -88,7 +86,7 @@ class Scanner:
         that begins with thousands of documents without the text field.
         """
         path, inputs = folder / f"{piece.name}.parquet", self.inputs(piece)
-        if _made_from(path) == inputs:
+        if (there := find_sealed(path)) and _summary(there).inputs == inputs:
             return path
         for file in self._lock.files[piece.first : piece.last]:
             verify(file, piece)
@@ -238,16 +236,11 @@ def _fetched_hash(found: Found, file: LockedFile, piece: Piece) -> str:
 
 def read_summary(path: Path) -> Summary:
     """What a scan says beside its rows; raises `UserError` for a damaged scan."""
-    return Summary(**json.loads(open_sealed(path).metadata.metadata[b"headrace"]))
+    return _summary(open_sealed(path))
 
 
-def _made_from(path: Path) -> str | None:
-    """The inputs of the scan at `path`; None where there is none, or a damaged one, which is told."""
-    try:
-        return read_summary(path).inputs if path.exists() else None
-    except UserError:
-        _LOG.warning("%s: damaged; this piece is scanned again", path)
-        return None
+def _summary(scan: pq.ParquetFile) -> Summary:
+    return Summary(**json.loads(scan.metadata.metadata[b"headrace"]))
 
 
 def scan_each(scanner: Scanner, pieces: Sequence[Piece], folder: Path, name: str) -> Iterator[Path]:

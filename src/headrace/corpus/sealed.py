@@ -5,6 +5,7 @@ stands between the last page and the footer. Parquet's readers never look there:
 file's beginning, the footer from its end.
 """
 
+import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import xxhash
 
 from headrace.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 _SEAL = 16  # bytes
 _END = 8  # bytes behind the footer: its length, and "PAR1"
 
@@ -33,6 +35,17 @@ def open_sealed(path: Path) -> pq.ParquetFile:
     if data[begin:at] != hasher.digest():
         raise UserError(f"{path}: damaged (its hash is not that of its content); run it again: it is made anew")
     return pq.ParquetFile(pa.BufferReader(data))
+
+
+def find_sealed(path: Path) -> pq.ParquetFile | None:
+    """The same where it is there and whole; a damaged file is named, for it is to be made again."""
+    try:
+        return open_sealed(path)
+    except FileNotFoundError:
+        return None
+    except UserError:
+        _LOG.warning("%s: damaged; it is made again", path)
+        return None
 
 
 def _footer(data: bytes | memoryview) -> int:

@@ -7,6 +7,7 @@ and how its program is called. Every word of a command that comes from the user 
 import shlex
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from headrace.config.compose import load, overrides_from
@@ -60,8 +61,12 @@ class Graph:
 
     def scan_batches(self) -> list[str]:
         """The jobs that the sources are scanned in. One job's worth the corpus stage does by itself."""
-        names = batch_names(count(self._lock), per_job("corpus_scans", self.config.launch))
+        names = batch_names(self._pieces, per_job("corpus_scans", self.config.launch))
         return names if len(names) > 1 else []
+
+    def corpus_minutes(self) -> int:
+        """How long the job may take that selects from all scans and extracts text: see docs/data.md."""
+        return 120 + self._pieces // 600
 
     def shard_batches(self) -> list[str]:
         """The jobs that the token shards are made in."""
@@ -117,6 +122,10 @@ class Graph:
     def ablations_command(self) -> str:
         """The shell line of `snakemake ablations`."""
         return f"{_quote(sys.executable)} -m headrace.stages.ablations {self._arguments()} 2>&1 | tee {{log:q}}"
+
+    @cached_property
+    def _pieces(self) -> int:
+        return count(self._lock)
 
     def _batches(self, program: str) -> str:
         return batch_folder(program, per_job(program, self.config.launch))
