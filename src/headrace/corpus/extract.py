@@ -95,8 +95,8 @@ def _kept(path: Path, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Ro
         write_atomic(path, seal(buffer.getvalue().to_pybytes()))
         file = open_sealed(path)
     for batch in file.iter_batches(1024):
-        for name, *row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            yield name, Row(*row)
+        for name, *values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield name, Row(*values)
 
 
 class _Writer:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +35,8 @@ from headrace.corpus.sealed import find_sealed, open_sealed, seal
 from headrace.errors import UserError
 from headrace.tracking.progress import by_rule, progress_on
 
+T = TypeVar("T")
+
 VERSION = 4  # raised when a scan's meaning changes
 DIGEST_BYTES = 16
 SCHEMA = pa.schema(
@@ -48,6 +51,7 @@ SCHEMA = pa.schema(
         ("signature", pa.binary(SIGNATURE_BYTES)),  # MinHash; null where near duplicates are not sought
     ]
 )
+_AT_ONCE = 8  # files of a store that are asked for at a time
 _EXAMPLES = 5
 _HOPELESS = 10_000  # so many such documents and not one good one before them: not damage but a wrong setting
 _WRONG_SETTING = ("no field", "not valid JSON", "not a JSON object", "text is not a string")
@@ -88,8 +92,8 @@ class Scanner:
         path, inputs = folder / f"{piece.name}.parquet", self.inputs(piece)
         if (there := find_sealed(path)) and _summary(there).inputs == inputs:
             return path
-        for file in self._lock.files[piece.first : piece.last]:
-            verify(file, piece)
+        for _ in _of_each(self._lock.files[piece.first : piece.last], lambda file: verify(file, piece)):
+            pass
         summary, aside = Summary(piece.source, inputs), Quarantine()
         buffer = pa.BufferOutputStream()
         writer = pq.ParquetWriter(buffer, SCHEMA, compression="zstd", use_dictionary=["group", "kind", "root", "rule"])
@@ -203,11 +207,25 @@ def read_piece(
     lock: Lock, piece: Piece, text_field: str, max_document_bytes: int
 ) -> Iterator[tuple[Found, Document | Damaged]]:
     """What a piece holds, in reading order, with the file that holds it; a plain file that is too long is not read."""
-    for file in lock.files[piece.first : piece.last]:
-        found = file.found
-        unread = too_long(found, file.size, max_document_bytes)
-        for document in [unread] if unread else read_documents(found, text_field, piece.groups):
-            yield found, document
+    files = lock.files[piece.first : piece.last]
+
+    def read(file: LockedFile) -> Iterable[Document | Damaged]:
+        unread = too_long(file.found, file.size, max_document_bytes)
+        documents = [unread] if unread else read_documents(file.found, text_field, piece.groups)
+        return documents if len(files) == 1 else list(documents)  # one of several is a small plain file
+
+    for file, documents in zip(files, _of_each(files, read), strict=True):
+        for document in documents:
+            yield file.found, document
+
+
+def _of_each(files: Sequence[LockedFile], act: Callable[[LockedFile], T]) -> Iterator[T]:
+    """`act` of each file of a piece, in order; of a store's several by threads, since each takes round trips."""
+    if len(files) == 1 or not is_remote(files[0].found.path):
+        yield from map(act, files)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        yield from threads.map(act, files)
 
 
 def verify(file: LockedFile, piece: Piece) -> None:
