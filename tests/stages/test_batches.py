@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from snakemake.io import regex_from_filepattern
 
 from headrace.config.compose import load
 from headrace.errors import UserError
@@ -32,7 +33,9 @@ def test_the_rules_take_the_names_of_however_many_batches() -> None:
         (allowed,) = re.findall(
             rf'^rule {program}:.*?wildcard_constraints:\s+batch="(.*?)"', text, re.DOTALL | re.MULTILINE
         )
-        assert all(re.fullmatch(allowed, batch) for batch in batch_names(100_001, 1)[:: 100_000 // 2])
+        pattern = re.compile(regex_from_filepattern(f"{{batch,{allowed}}}.done"))  # as Snakemake reads it
+        assert all(pattern.match(f"{batch}.done") for batch in batch_names(100_001, 1)[:: 100_000 // 2])
+        assert not any(pattern.match(name) for name in ("0000.done", "x00000.done", "00000/x.done"))
 
 
 def test_a_batch_of_another_size_has_another_done_file(tmp_path: Path) -> None:

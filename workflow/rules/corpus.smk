@@ -6,7 +6,7 @@ rule corpus_scans:
     benchmark:
         graph.batch("corpus", "corpus_scans", ".tsv")
     wildcard_constraints:
-        batch="[0-9]{5,}",
+        batch="[0-9]{5}[0-9]*",
     conda:
         "../envs/main.yaml"
     threads: 1
