@@ -6,6 +6,7 @@ import pytest
 
 from headrace.corpus.contamination import Item
 from headrace.corpus.item_files import write_items
+from headrace.stages import graph
 from headrace.stages.graph import Graph
 
 TASK = "{task: quiz, folders: [quiz], metric: acc, shots: null, passage: null, definition: %s, items: null}" % (
@@ -40,3 +41,15 @@ def test_tasks_whose_items_a_file_holds_are_sought(tmp_path: Path, capsys: pytes
     assert "items of riddles;" in said(tmp_path, capsys, f"evaluate.harness=[{other}]", setting)
     (tmp_path / "items.jsonl").unlink()  # no matter for a corpus that is finished
     assert said(tmp_path, capsys, f"evaluate.harness=[{other}]", setting) == ""
+
+
+def test_the_corpus_job_may_take_longer_the_more_pieces_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("some text")
+    words = f"corpus=files corpus.paths=[{tmp_path}/text.txt] paths.results={tmp_path}/results"
+    assert Graph({"experiment": "tiny", "set": words}, False).corpus_minutes() == 120
+    monkeypatch.setattr(graph, "count", lambda lock: 1_720_000)
+    assert Graph({"experiment": "tiny", "set": words}, False).corpus_minutes() > 10 * 60  # what docs/data.md adds up
+    rule = (Path(__file__).parents[2] / "workflow" / "rules" / "corpus.smk").read_text().partition("rule corpus:")[2]
+    assert "runtime=graph.corpus_minutes()," in rule
