@@ -1,7 +1,9 @@
 """Files elsewhere: an object store in memory, one with and one without etags, read and locked like files here."""
 
+import io
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from headrace.config.compose import load
 from headrace.config.schema import CorpusConfig, SourceConfig
 from headrace.corpus import lock as lock_module
+from headrace.corpus import remote
 from headrace.corpus.build import build_corpus
 from headrace.corpus.documents import selected_documents
 from headrace.corpus.lock import build_lock, ensure, index
@@ -59,6 +62,71 @@ class Tagged(MemoryFileSystem):
     def _open(self, path: str, *arguments: Any, **options: Any) -> Any:
         self.fetched.append(path)
         return super()._open(path, *arguments, **options)
+
+
+class Failing(Tagged):
+    """It fails so often before each answer, whatever it is asked; `together` counts questions at a time."""
+
+    protocol = "failing"
+    failures: ClassVar[int] = 0
+    streak: ClassVar[dict[Any, int]] = {}
+    asked: ClassVar[int] = 0
+    together: ClassVar[int] = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("failing://", "tagged://"))
+
+    @classmethod
+    def perhaps_fail(cls, *question: Any) -> None:
+        cls.streak[question] = cls.streak.get(question, 0) + 1
+        if cls.streak[question] <= cls.failures:
+            raise OSError("503 slow down")
+        cls.streak[question] = 0
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        self.perhaps_fail("info", path)
+        Failing.asked += 1
+        time.sleep(0.01)
+        Failing.together = max(Failing.together, Failing.asked)
+        Failing.asked -= 1
+        return super().info(path, **options)
+
+    def find(self, path: str, *arguments: Any, **options: Any) -> Any:
+        self.perhaps_fail("find", path)
+        return super().find(path, *arguments, **options)
+
+    def _open(self, path: str, *arguments: Any, **options: Any) -> Any:
+        self.perhaps_fail("open", path)
+        return FailingFile(super()._open(path, *arguments, **options), path)
+
+
+class FailingFile(io.BytesIO):
+    """A read that fails has moved on nevertheless."""
+
+    def __init__(self, file: Any, path: str) -> None:
+        super().__init__(bytes(file.getbuffer()))
+        self._path = path
+
+    def read(self, size: int | None = -1) -> bytes:
+        question = ("read", self._path, self.tell(), size)
+        data = super().read(size)
+        Failing.perhaps_fail(*question)
+        return data
+
+
+in_memory = pytest.mark.parametrize("store", ["memory"], indirect=True)
+
+
+@pytest.fixture
+def failing(config: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> CorpusConfig:
+    """The same bucket behind a store that can fail."""
+    fsspec.register_implementation("failing", Failing, clobber=True)
+    monkeypatch.setattr(Failing, "store", MemoryFileSystem.store)
+    monkeypatch.setattr(Failing, "failures", 0)
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
+    moved = [replace(each, paths=(each.paths[0].replace("memory:", "failing:"),)) for each in config.sources]
+    return replace(config, sources=tuple(moved))
 
 
 @pytest.fixture(params=["memory", "tagged"])
@@ -140,6 +208,59 @@ def test_a_changed_and_a_vanished_object_are_named(config: CorpusConfig, store: 
 def _build(config: CorpusConfig, lock: lock_module.Lock, folder: Path) -> None:
     (folder / "out").mkdir(exist_ok=True)
     build_corpus(config, lock, folder / "out", print)
+
+
+@in_memory
+def test_a_store_that_fails_three_times_at_everything_is_asked_again(
+    failing: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = tmp_path / "calm", tmp_path / "failing"
+    for folder, failures in zip(folders, (0, 3), strict=True):
+        assert not caplog.records
+        monkeypatch.setattr(Failing, "failures", failures)
+        folder.mkdir()
+        _build(failing, index(failing, folder / "lock"), folder)
+    assert "note.txt: the store failed: 503 slow down; trying again in 0 s" in caplog.text
+    one, other = ({path.name: path.read_bytes() for path in (folder / "out").iterdir()} for folder in folders)
+    assert one == other
+
+
+@in_memory
+@pytest.mark.parametrize("kind", ["lines", "web", "notes"])
+def test_a_store_that_fails_on_is_named_and_not_taken_for_a_damaged_file(
+    failing: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    alone = replace(failing, sources=tuple(each for each in failing.sources if each.name == kind))
+    lock = index(alone, Path("lock"))
+    monkeypatch.setattr(Failing, "failures", 4)
+    with pytest.raises(UserError, match=rf"^failing://bucket/{kind}\S*: the store failed 4 times: 503 slow down; run"):
+        _build(alone, lock, tmp_path)
+    monkeypatch.setattr(Failing, "info", Tagged.info)
+    monkeypatch.setattr(Failing, "_open", lambda self, path, *a, **o: FailingFile(Tagged._open(self, path), path))
+    with pytest.raises(UserError, match=rf"^failing://bucket/{kind}\S*: the store failed 4 times: 503 slow down; run"):
+        _build(alone, lock, tmp_path)
+
+
+@in_memory
+def test_what_a_store_refuses_is_asked_once(failing: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def refuse(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise PermissionError("403 not yours")
+
+    monkeypatch.setattr(Failing, "find", refuse)
+    with pytest.raises(UserError, match=r"^failing://bucket/web: cannot be read: 403 not yours"):
+        list_remote(failing.sources[1].paths[0])
+    assert len(calls) == 1
+
+
+@in_memory
+def test_small_files_of_a_store_are_asked_for_side_by_side(failing: CorpusConfig, tmp_path: Path) -> None:
+    lock = index(failing, Path("lock"))
+    Failing.together = 0
+    _build(failing, lock, tmp_path)
+    assert Failing.together > 1
 
 
 def test_a_missing_package_and_an_unknown_store_are_one_line() -> None:

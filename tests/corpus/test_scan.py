@@ -23,6 +23,7 @@ from headrace.corpus.extract import extract
 from headrace.corpus.lock import Lock, build_lock
 from headrace.corpus.pieces import pieces
 from headrace.corpus.scan import Scanner, read_summary, scan_each
+from headrace.corpus.scan_columns import read_columns, read_signatures
 from headrace.corpus.selection import Selection
 from headrace.corpus.split import SPLITS
 from headrace.errors import UserError
@@ -207,6 +208,26 @@ def test_a_scan_that_is_there_is_used_and_one_of_other_inputs_or_damaged_is_made
     assert read == [0, 1, 1]
     scan_some(replace(mixed, min_document_bytes=100), lock, [0], tmp_path / "scans")
     assert read == [0, 1, 1, 0]
+
+
+def test_a_bit_flipped_anywhere_in_a_scan_is_told_and_the_scan_made_again(
+    mixed: CorpusConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = build_lock(mixed)
+    (path,) = scan_some(mixed, lock, [0], tmp_path / "scans")
+    whole = path.read_bytes()
+    generator = random.Random(3)
+    for place in [*generator.sample(range(len(whole)), 12), len(whole) // 4, len(whole) - 1]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        for read in (read_columns, read_summary, read_signatures):
+            with pytest.raises(UserError, match=rf"{path.name}: damaged"):
+                read(path)
+        caplog.clear()
+        scan_some(mixed, lock, [0], tmp_path / "scans")
+        assert path.read_bytes() == whole
+        assert [record.getMessage() for record in caplog.records] == [f"{path}: damaged; it is made again"]
 
 
 def test_a_changed_and_a_vanished_source_are_named(mixed: CorpusConfig, tmp_path: Path) -> None:

@@ -8,6 +8,13 @@ import pyarrow.parquet as pq
 
 from headrace.corpus.scan import SCHEMA
 from headrace.corpus.scan_columns import read_columns, read_signatures
+from headrace.corpus.sealed import seal
+
+
+def write_scan(path: Path, table: pa.Table, rows: int) -> None:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, row_group_size=rows)
+    path.write_bytes(seal(buffer.getvalue().to_pybytes()))
 
 
 def test_columns_come_back(tmp_path: Path) -> None:
@@ -25,7 +32,7 @@ def test_columns_come_back(tmp_path: Path) -> None:
         }
         for place, name in enumerate(names)
     ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "a.parquet", row_group_size=2)
+    write_scan(tmp_path / "a.parquet", pa.Table.from_pylist(rows, schema=SCHEMA), 2)
     columns = read_columns(tmp_path / "a.parquet")
     halves = [[int.from_bytes(row["digest"][:8], "big"), int.from_bytes(row["digest"][8:], "big")] for row in rows]  # type: ignore[index]
     assert columns.digests.tolist() == halves
@@ -37,6 +44,6 @@ def test_columns_come_back(tmp_path: Path) -> None:
 
 
 def test_a_scan_of_nothing_has_no_rows(tmp_path: Path) -> None:
-    pq.write_table(SCHEMA.empty_table(), tmp_path / "a.parquet")
+    write_scan(tmp_path / "a.parquet", SCHEMA.empty_table(), 2)
     columns = read_columns(tmp_path / "a.parquet")
     assert len(columns) == 0 and columns.digests.shape == (0, 2) and columns.kind.names == []

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from headrace.config.compose import load
 from headrace.config.schema import CorpusConfig
 from headrace.corpus.scan import SCHEMA, Summary
+from headrace.corpus.sealed import seal
 from headrace.corpus.select import run_selecting
 from headrace.corpus.selection import FIRST_RULE
 from headrace.corpus.split import SPLITS
@@ -82,7 +83,9 @@ def write_scans(rows: list[Row], cuts: list[int], folder: Path) -> list[Path]:
         ]
         path = folder / f"{number}.parquet"
         metadata = {"headrace": json.dumps(asdict(Summary("files", "")))}
-        pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA.with_metadata(metadata)), path, row_group_size=7)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA.with_metadata(metadata)), buffer, row_group_size=7)
+        path.write_bytes(seal(buffer.getvalue().to_pybytes()))
         paths.append(path)
     return paths
 

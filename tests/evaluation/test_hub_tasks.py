@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from evaluation_world import World
 from headrace.config.compose import load as load_config
-from headrace.config.schema import HarnessTask
+from headrace.config.schema import EvaluateConfig, HarnessTask
 from headrace.errors import UserError
 from headrace.evaluation import hub_tasks
 from headrace.evaluation.harness import ScorerLM, quiet
@@ -251,6 +251,31 @@ def test_texts_of_all_items_are_question_and_right_answer(wanted: Callable[..., 
 def test_code_that_a_model_writes_is_never_run(wanted: Callable[..., HarnessTask], folder: Path) -> None:
     loaded, skipped = hub_tasks.load([wanted("code", "exact_match")], "refuse", folder)
     assert loaded == [] and list(skipped) == ["code"] and "runs code" in skipped["code"]
+
+
+def test_items_of_a_task_that_runs_code_are_read_from_its_data(
+    wanted: Callable[..., HarnessTask], folder: Path, tmp_path: Path
+) -> None:
+    def asked_of(data: str) -> EvaluateConfig:
+        text = (folder / "code" / "code.yaml").read_text()
+        text = text.replace("items.jsonl", data).replace("shots.jsonl", data).replace(str(folder), str(tmp_path))
+        (tmp_path / "code" / "code.yaml").write_text(f"{text}process_results: !function breaks.pass_at_1\n")
+        task = replace(wanted("code", "exact_match"), definition=hub_tasks.definition(("code",), tmp_path))
+        return replace(load_config(["experiment=tiny"]).evaluate, tasks=(), harness=(task,))
+
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "breaks.py").write_text("raise SystemExit('it was run')")
+    rows = [{"task_id": number, "text": f"question {number}", "code": f"code {number}"} for number in range(5)]
+    (tmp_path / "programs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items, absent = item_texts(asked_of("programs.jsonl"), tmp_path)
+    assert absent == {}
+    expected = [(f"code/code/{row['task_id']}", f"{row['text']} {row['code']}") for row in rows]
+    assert [(item.id, item.text) for item in items] == expected
+    gone = asked_of("gone.jsonl")
+    with pytest.raises(UserError, match=r"^evaluate\.harness: code: its data cannot be had: .*gone\.jsonl"):
+        item_texts(gone, tmp_path)
+    _, absent = item_texts(replace(gone, without_network="skip"), tmp_path)
+    assert absent["code"].startswith("its data cannot be had: ")
 
 
 def test_a_task_whose_code_asks_for_what_is_not_here_is_skipped_with_the_reason() -> None:

@@ -5,6 +5,8 @@ work = Work(folder, results, workers=2)
 work.run(kills=10, seed=0)                  corpus scans, corpus, tokenizer, plan, shards, dataset
 work.done                                   the dataset's hash: equal hashes are equal bytes
 work.most_memory                            of any process, in bytes
+work.most_together                          of all processes alive at once, in bytes
+work.leftovers                              files and folders that somebody was writing when he was killed
 """
 
 import hashlib
@@ -78,6 +80,7 @@ class Work:
     workers: int
     settings: Sequence[str] = ()
     most_memory: int = 0
+    most_together: int = 0  # looked at every 20 ms; pages that processes share count for each
     kills: int = 0
     seconds: float = 0.0
     _chance: random.Random = field(default_factory=random.Random)
@@ -131,6 +134,12 @@ class Work:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         return found
 
+    @property
+    def leftovers(self) -> list[str]:
+        """What lies below the results and should not, once everything is finished."""
+        found = self.results.rglob("*")
+        return sorted(str(path) for path in found if path.name.endswith((".tmp", ".partial", ".ranges")))
+
     def _scans(self) -> list[str]:
         config = load(self.words)
         return batch_names(len(pieces(known_lock(config))), config.launch.pieces_per_job)
@@ -149,6 +158,7 @@ class Work:
             # Each by its number: pytest's process may have children of other makes.
             found = [reaped for pid in running if (reaped := os.wait4(pid, os.WNOHANG))[0]]
             if not found:
+                self.most_together = max(self.most_together, sum(map(_resident, running)))
                 self._perhaps_kill({pid: " ".join(program) for pid, (program, _) in running.items()})
                 time.sleep(0.02)
             for pid, status, usage in found:
@@ -172,3 +182,9 @@ class Work:
             os.kill(victim, signal.SIGKILL)
             self._killed[running[victim]] += 1
             self.kills += 1
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process holds now; 0 for one that has just ended."""
+    fields = Path(f"/proc/{pid}/statm").read_text().split()  # a zombie, which our child is until we wait, has zeros
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -18,7 +18,7 @@ MEMORY = 2 << 30
 
 
 def main() -> int:
-    """0 where all runs end with equal bytes and no process needed more than 2 GiB."""
+    """0 where all runs end with equal bytes, leave nothing behind, and no process needed more than 2 GiB."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=10_000)
     parser.add_argument("--kills", type=int, default=10)
@@ -42,12 +42,14 @@ def main() -> int:
                     "kills": work.kills,
                     "seconds": round(work.seconds, 1),
                     "most_memory_gib": round(work.most_memory / (1 << 30), 2),
+                    "most_together_gib": round(work.most_together / (1 << 30), 2),
+                    "leftovers": work.leftovers,
                     "equal": equal,
                 }
             )
             print(json.dumps(runs[-1]), flush=True)
             shutil.rmtree(work.results)
-        good = all(run["equal"] for run in runs) and runs[1]["kills"] == given.kills
+        good = all(run["equal"] and not run["leftovers"] for run in runs) and runs[1]["kills"] == given.kills
         small = max(run["most_memory_gib"] for run in runs) * (1 << 30) < MEMORY
         print(json.dumps({"megabytes": given.megabytes, "documents": documents, "runs": runs, "equal": good}))
     return 0 if good and small else 1

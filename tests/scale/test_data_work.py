@@ -23,4 +23,8 @@ def test_workers_and_kills_change_no_byte_and_memory_is_bounded(tmp_path: Path) 
     assert killed.kills == 10
     assert undisturbed.done == killed.done == three.done
     assert undisturbed.content == killed.content == three.content
+    assert [work.leftovers for work in works] == [[], [], []]
     assert max(work.most_memory for work in works) < MEMORY
+    for work in works:
+        assert work.most_together > (work.workers - 1) * 50_000_000  # else nothing was summed
+        print(f"{work.workers} workers: {work.most_memory:,} bytes in one process, {work.most_together:,} in all")

@@ -1,8 +1,10 @@
 """Batches: every unit in one of them, and batches that lead nowhere stop."""
 
+import re
 from pathlib import Path
 
 import pytest
+from snakemake.io import regex_from_filepattern
 
 from headrace.config.compose import load
 from headrace.errors import UserError
@@ -22,6 +24,18 @@ def test_every_unit_is_in_one_batch(per_job: int) -> None:
     for wrong in (f"{len(names):05d}", "-1", "x", ""):
         with pytest.raises(UserError, match="give a number"):
             batch_of(wrong, units, per_job)
+
+
+def test_the_rules_take_the_names_of_however_many_batches() -> None:
+    rules = Path(__file__).parents[2] / "workflow" / "rules"
+    for name, program in (("corpus", "corpus_scans"), ("tokens", "tokenize_shards")):
+        text = (rules / f"{name}.smk").read_text()
+        (allowed,) = re.findall(
+            rf'^rule {program}:.*?wildcard_constraints:\s+batch="(.*?)"', text, re.DOTALL | re.MULTILINE
+        )
+        pattern = re.compile(regex_from_filepattern(f"{{batch,{allowed}}}.done"))  # as Snakemake reads it
+        assert all(pattern.match(f"{batch}.done") for batch in batch_names(100_001, 1)[:: 100_000 // 2])
+        assert not any(pattern.match(name) for name in ("0000.done", "x00000.done", "00000/x.done"))
 
 
 def test_a_batch_of_another_size_has_another_done_file(tmp_path: Path) -> None:

@@ -199,6 +199,23 @@ def test_a_killed_stage_leaves_nothing_that_is_taken_for_done(words: list[str]) 
     assert (place.folder / "bodies").read_text() == "xx"
 
 
+def test_what_killed_processes_were_writing_is_gone_at_the_end_and_the_files_of_living_ones_stay(
+    words: list[str],
+) -> None:
+    folder = place_of(words).folder
+    (folder / "shards").mkdir(parents=True)
+    stale = [folder / ".plan.json.0a1b2c3d.tmp", folder / "shards" / ".train-00000.bin.0a1b2c3d.tmp"]
+    alive = folder / "shards" / ".train-00001.bin.0a1b2c3d.tmp"
+    alive.touch()
+    os.utime(alive, (time.time() + 60, time.time() + 60))
+    for _ in ("made", "found"):
+        for path in stale:
+            path.touch()
+            os.utime(path, (1e9, 1e9))
+        assert main(Door("corpus", write_one_file), words) == 0
+        assert [path.exists() for path in (*stale, alive)] == [False, False, True]
+
+
 def test_sigterm_ends_with_75(words: list[str]) -> None:
     place = place_of(words)
     process = start(words)

@@ -6,7 +6,7 @@ rule corpus_scans:
     benchmark:
         graph.batch("corpus", "corpus_scans", ".tsv")
     wildcard_constraints:
-        batch="[0-9]{5}",
+        batch="[0-9]{5}[0-9]*",
     conda:
         "../envs/main.yaml"
     threads: 1
@@ -35,7 +35,7 @@ rule corpus:
     threads: 1
     resources:
         mem_mb=4000,
-        runtime=120,
+        runtime=graph.corpus_minutes(),
     message:
         "corpus: read, deduplicate and split the sources"
     shell:

@@ -55,7 +55,7 @@ rule tokenize_shards:
     benchmark:
         graph.batch("tokenize", "tokenize_shards", ".tsv")
     wildcard_constraints:
-        batch="[0-9]{5}",
+        batch="[0-9]{5}[0-9]*",
     conda:
         "../envs/main.yaml"
     threads: 1

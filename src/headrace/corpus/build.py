@@ -6,6 +6,7 @@ side), select (`select`, one process that reads no text), and extract the little
 configuration alone.
 """
 
+import logging
 import platform
 import shutil
 from collections import Counter
@@ -13,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace.artifacts.files import write_json
+from headrace.artifacts import manifest as manifests
+from headrace.artifacts.files import link_or_copy, read_json, write_json
 from headrace.config.schema import CorpusConfig
 from headrace.corpus.contamination import Item, Items
 from headrace.corpus.digest_ranges import RANGE_DOCUMENTS
@@ -27,6 +29,10 @@ from headrace.corpus.scan import Scanner, scan_each
 from headrace.corpus.select import run_selecting
 from headrace.corpus.selection import Selection, write_selection
 from headrace.corpus.tally import Survey, survey, tally
+from headrace.errors import UserError
+
+SUMMARY = "corpus.json"
+_LOG = logging.getLogger(__name__)
 
 
 def build_corpus(
@@ -37,13 +43,15 @@ def build_corpus(
     *,
     items: Sequence[Item] = (),
     scans: Path | None = None,
+    kept: Path | None = None,
     piece_bytes: int = PIECE_BYTES,
 ) -> dict[str, Any]:
     """Read the locked sources and write the corpus into the folder `out`; returns what `corpus.json` holds.
 
     `items` are those that `corpus.contamination_tasks` and `contamination_items` name. Scans that lie in `scans`
-    are used; None scans everything and keeps nothing. Raises `UserError` for a source that is not as locked, for too
-    much damage, and for a corpus without documents or too small to be split.
+    are used; None scans everything and keeps nothing. In the folder `kept` stay the selection and what was extracted so
+    far, which a later call for the same corpus goes on from. Raises `UserError` for a source that is not as locked, for
+    too much damage, and for a corpus without documents or too small to be split.
     """
     named = bool(config.contamination_tasks or config.contamination_items)
     assert bool(items) == named, "the stage hands in the items that are named"
@@ -52,16 +60,43 @@ def build_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         cut = pieces(lock, piece_bytes)
-        scanner = Scanner(config, lock, sought)
-        paths = list(scan_each(scanner, cut, folder, "corpus"))
-        summary = select_corpus(config, lock, paths, out, sought)
-        extract(Selection(out, lock.hash), lock, config, cut, out)
+
+        def select(into: Path) -> dict[str, Any]:
+            paths = list(scan_each(Scanner(config, lock, sought), cut, folder, "corpus"))
+            return select_corpus(config, lock, paths, into, sought)
+
+        summary = _kept_selection(kept / "selection", out, select) if kept else select(out)
+        extracts = kept and kept / "extracts"
+        if extracts:
+            extracts.mkdir(exist_ok=True)
+        extract(Selection(out, lock.hash), lock, config, cut, out, extracts)
     finally:
         if scans is None:
             shutil.rmtree(folder, ignore_errors=True)
-    write_json(out / "corpus.json", summary)
+    write_json(out / SUMMARY, summary)
     log(f"corpus: {summary['documents']:,} documents, {summary['bytes'] / 1e6:,.1f} MB from {summary['files']:,} files")
     return summary
+
+
+def _kept_selection(folder: Path, out: Path, select: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Links in `out` to the selection in `folder`, which is made where it is missing or damaged; its summary."""
+    try:
+        files = manifests.verify(folder).files
+    except UserError as error:
+        if folder.exists():
+            _LOG.warning("%s; it is made again", str(error).partition(";")[0])
+        partial = folder.with_suffix(".partial")
+        for left in (folder, partial):
+            manifests.discard(left)
+        partial.mkdir(parents=True)
+        write_json(partial / SUMMARY, select(partial))
+        files = manifests.build(partial, kind="selection", producer={}, inputs={}, summary={}, algorithm="xxh3").files
+        manifests.commit(partial, folder)
+    for name in files:
+        if name != SUMMARY:
+            link_or_copy(folder / name, out / name)
+    facts: dict[str, Any] = read_json(folder / SUMMARY)
+    return facts
 
 
 def select_corpus(

@@ -12,9 +12,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from headrace.corpus.readers import Damaged
+from headrace.corpus.sealed import open_sealed
 
 QUARANTINE = "quarantine.jsonl"
 DOCUMENT_BYTES = 4096
@@ -48,7 +47,7 @@ def write_quarantine(path: Path, scans: Iterable[Path]) -> int:
     documents, left = 0, FILE_BYTES
     with path.open("wb") as file:
         for scan in scans:
-            for line in pq.read_metadata(scan).metadata.get(KEY.encode(), b"").splitlines(keepends=True):
+            for line in open_sealed(scan).metadata.metadata.get(KEY.encode(), b"").splitlines(keepends=True):
                 left -= len(line)
                 if left < 0:
                     return documents

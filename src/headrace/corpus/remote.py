@@ -2,17 +2,25 @@
 
 fsspec comes with huggingface-hub; a store's own package (s3fs, gcsfs, adlfs) is the user's to install. Credentials are
 the environment's, as these packages document them. A store that keeps a hash or a version of each file tells it in a
-listing: that is the file's identity in the lock, and nothing has to be fetched to check it. Light on imports: fsspec is
-imported when an address is met.
+listing: that is the file's identity in the lock, and nothing has to be fetched to check it. A store that fails for a
+moment is asked again, a few times. Light on imports: fsspec is imported when an address is met.
 """
 
-from collections.abc import Iterator, Mapping
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, TypeVar, cast
 
+from headrace.artifacts.retry import PAUSES
 from headrace.errors import UserError
 
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+_REFUSED = (PermissionError, IsADirectoryError, NotADirectoryError)
 STREAM = "datasets://"
 """Prefix of a Hub dataset that is streamed through `datasets` (see `hub_stream`)."""
 
@@ -34,40 +42,48 @@ def is_remote(path: str) -> bool:
 def list_remote(entry: str) -> list[Remote]:
     """The files that an address means: a file, a folder (everything below), or a glob.
 
-    Raises `UserError` for a store whose package is not installed or that refuses.
+    Raises `UserError` for a store whose package is not installed, that refuses, or that keeps failing.
     """
     if entry.startswith(STREAM):
         from headrace.corpus.hub_stream import describe  # imports the Hub's client
 
         return [Remote(entry, 0, describe(entry).identity)]
-    with _explained(entry):
+
+    def found() -> list[Remote]:
         system, path = _open_store(entry)
         if any(character in path for character in "*?["):
-            found = system.glob(path, detail=True)
+            listed = system.glob(path, detail=True)
         else:
-            found = system.find(path, detail=True)
-        files = {name: info for name, info in found.items() if info["type"] == "file"}
+            listed = system.find(path, detail=True)
+        files = {name: info for name, info in listed.items() if info["type"] == "file"}
         return [Remote(_address(entry, name), int(info["size"]), identity(info)) for name, info in files.items()]
+
+    return _asked(entry, found)
 
 
 def look_up(path: str) -> Remote:
     """Size and identity of one file now; raises `UserError` naming it when it is gone."""
     if path.startswith(STREAM):
         return list_remote(path)[0]
-    with _explained(path):
+
+    def found() -> Remote:
         system, inner = _open_store(path)
         info = system.info(inner)
         return Remote(path, int(info["size"]), identity(info))
+
+    return _asked(path, found)
 
 
 @contextmanager
 def open_remote(path: str) -> Iterator[IO[bytes]]:
     """A seekable file: only the parts that are read are fetched."""
-    with _explained(path):
+
+    def opened() -> Any:
         system, inner = _open_store(path)
-        opened = system.open(inner, "rb")
-    with opened as file:
-        yield file
+        return system.open(inner, "rb")
+
+    with _asked(path, opened) as file:
+        yield cast(IO[bytes], _Patient(path, file))
 
 
 def identity(info: Mapping[str, Any]) -> str | None:
@@ -98,16 +114,58 @@ def _address(entry: str, name: str) -> str:
     return f"{protocol}://{name if rest.startswith('/') else name.lstrip('/')}"
 
 
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f"{path}: needs a package that is not installed: {_first_line(error)}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file or folder in the store") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {_first_line(error)}") from None
+class _Patient(io.RawIOBase):
+    """A store's file: a read that fails is done again."""
+
+    def __init__(self, path: str, file: Any) -> None:
+        self._path, self._file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def read(self, size: int = -1) -> bytes:
+        place = self._file.tell()
+
+        def done() -> bytes:
+            self._file.seek(place)
+            return bytes(self._file.read(size))
+
+        return _asked(self._path, done)
+
+
+def _asked(path: str, act: Callable[[], T]) -> T:
+    """`act()`, again where the store fails for a moment; raises `UserError` that says what is wrong with `path`."""
+    for pause in (*PAUSES, None):
+        try:
+            return act()
+        except ImportError as error:
+            raise UserError(f"{path}: needs a package that is not installed: {_first_line(error)}") from None
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file or folder in the store") from None
+        except (OSError, ValueError) as error:
+            reason = _first_line(error)
+            if not _may_pass(error):
+                raise UserError(f"{path}: cannot be read: {reason}") from None
+        if pause is not None:
+            _LOG.warning("%s: the store failed: %s; trying again in %g s", path, reason, pause)
+            time.sleep(pause)
+    raise UserError(f"{path}: the store failed {len(PAUSES) + 1} times: {reason}; run it again when it answers")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a store that answers so may answer otherwise soon: not where it refuses or says that we are wrong."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = isinstance(error, _REFUSED) or (status is not None and 400 <= status < 500 and status not in (408, 429))
+    return isinstance(error, OSError) and not refused
 
 
 def _first_line(error: Exception) -> str:

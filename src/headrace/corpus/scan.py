@@ -3,17 +3,19 @@
 A scan is a small Parquet file, one row a document in reading order: digest, bytes, group, kind, root, and the rule that
 drops it already here (length, quality, a repetition within the piece), if any. It is a function of piece and settings,
 so scans are made in any order, by any number of workers; one that is there with the same inputs is not made again. It
-is published in one rename: a killed scan leaves nothing but perhaps a temporary file, which `select` sweeps away.
+is published in one rename: a killed scan leaves nothing but perhaps a temporary file, which `select` sweeps away. It is
+sealed (`sealed`): one that is damaged is found, named and made again.
 """
 
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,8 +31,11 @@ from headrace.corpus.quality import open_filters
 from headrace.corpus.quarantine import Quarantine
 from headrace.corpus.readers import Damaged, Document, read_documents, too_long
 from headrace.corpus.remote import is_remote, look_up
+from headrace.corpus.sealed import find_sealed, open_sealed, seal
 from headrace.errors import UserError
 from headrace.tracking.progress import by_rule, progress_on
+
+T = TypeVar("T")
 
 VERSION = 4  # raised when a scan's meaning changes
 DIGEST_BYTES = 16
@@ -46,6 +51,7 @@ SCHEMA = pa.schema(
         ("signature", pa.binary(SIGNATURE_BYTES)),  # MinHash; null where near duplicates are not sought
     ]
 )
+_AT_ONCE = 8  # files of a store that are asked for at a time
 _EXAMPLES = 5
 _HOPELESS = 10_000  # so many such documents and not one good one before them: not damage but a wrong setting
 _WRONG_SETTING = ("no field", "not valid JSON", "not a JSON object", "text is not a string")
@@ -55,11 +61,12 @@ _SEARCHED_BYTES = 4_000_000
 
 @dataclass
 class Summary:
-    """What a scan says beside its rows and quarantine: damaged documents by rule, with examples; items found:
-    (documents, share)."""
+    """What a scan says beside its rows and quarantine: how many rows; damaged documents by rule, with examples; items
+    found: (documents, share)."""
 
     source: str
     inputs: str
+    rows: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     items: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -83,19 +90,20 @@ class Scanner:
         that begins with thousands of documents without the text field.
         """
         path, inputs = folder / f"{piece.name}.parquet", self.inputs(piece)
-        if _made_from(path) == inputs:
+        if (there := find_sealed(path)) and _summary(there).inputs == inputs:
             return path
-        for file in self._lock.files[piece.first : piece.last]:
-            verify(file, piece)
+        for _ in _of_each(self._lock.files[piece.first : piece.last], lambda file: verify(file, piece)):
+            pass
         summary, aside = Summary(piece.source, inputs), Quarantine()
         buffer = pa.BufferOutputStream()
         writer = pq.ParquetWriter(buffer, SCHEMA, compression="zstd", use_dictionary=["group", "kind", "root", "rule"])
         for rows in self._batches(piece, summary, aside):
+            summary.rows += len(rows)
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
         said = {"headrace": json.dumps(asdict(summary), sort_keys=True)}
         writer.add_key_value_metadata({**said, **aside.metadata()})
         writer.close()
-        write_atomic(path, buffer.getvalue().to_pybytes())
+        write_atomic(path, seal(buffer.getvalue().to_pybytes()))
         return path
 
     def said(self) -> str:
@@ -199,11 +207,25 @@ def read_piece(
     lock: Lock, piece: Piece, text_field: str, max_document_bytes: int
 ) -> Iterator[tuple[Found, Document | Damaged]]:
     """What a piece holds, in reading order, with the file that holds it; a plain file that is too long is not read."""
-    for file in lock.files[piece.first : piece.last]:
-        found = file.found
-        unread = too_long(found, file.size, max_document_bytes)
-        for document in [unread] if unread else read_documents(found, text_field, piece.groups):
-            yield found, document
+    files = lock.files[piece.first : piece.last]
+
+    def read(file: LockedFile) -> Iterable[Document | Damaged]:
+        unread = too_long(file.found, file.size, max_document_bytes)
+        documents = [unread] if unread else read_documents(file.found, text_field, piece.groups)
+        return documents if len(files) == 1 else list(documents)  # one of several is a small plain file
+
+    for file, documents in zip(files, _of_each(files, read), strict=True):
+        for document in documents:
+            yield file.found, document
+
+
+def _of_each(files: Sequence[LockedFile], act: Callable[[LockedFile], T]) -> Iterator[T]:
+    """`act` of each file of a piece, in order; of a store's several by threads, since each takes round trips."""
+    if len(files) == 1 or not is_remote(files[0].found.path):
+        yield from map(act, files)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        yield from threads.map(act, files)
 
 
 def verify(file: LockedFile, piece: Piece) -> None:
@@ -231,16 +253,12 @@ def _fetched_hash(found: Found, file: LockedFile, piece: Piece) -> str:
 
 
 def read_summary(path: Path) -> Summary:
-    """What a scan says beside its rows."""
-    return Summary(**json.loads(pq.read_metadata(path).metadata[b"headrace"]))
+    """What a scan says beside its rows; raises `UserError` for a damaged scan."""
+    return _summary(open_sealed(path))
 
 
-def _made_from(path: Path) -> str | None:
-    """The inputs of the scan at `path`; None where there is none, or a damaged one."""
-    try:
-        return read_summary(path).inputs
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
-        return None
+def _summary(scan: pq.ParquetFile) -> Summary:
+    return Summary(**json.loads(scan.metadata.metadata[b"headrace"]))
 
 
 def scan_each(scanner: Scanner, pieces: Sequence[Piece], folder: Path, name: str) -> Iterator[Path]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from headrace.corpus.scan import DIGEST_BYTES
+from headrace.corpus.sealed import open_sealed
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Columns:
 
 
 def read_columns(path: Path) -> Columns:
-    """All columns but the signatures."""
+    """All columns but the signatures; raises `UserError` for a damaged scan."""
     names = ["digest", "bytes", "group", "kind", "root", "rule", "contaminated"]
-    table = pq.read_table(path, columns=names, use_threads=False).unify_dictionaries().combine_chunks()
+    table = open_sealed(path).read(names, use_threads=False).unify_dictionaries().combine_chunks()
     digests = _fixed(table["digest"], DIGEST_BYTES).view(">u8").reshape(-1, 2).astype(np.uint64)
     coded = {name: _coded(table[name]) for name in ("group", "kind", "root", "rule")}
     return Columns(digests, table["bytes"].to_numpy(), contaminated=table["contaminated"].to_numpy(), **coded)
@@ -46,7 +46,7 @@ def read_columns(path: Path) -> Columns:
 
 def read_signatures(path: Path) -> list[bytes | None]:
     """The MinHash signatures of a scan's rows."""
-    return list(pq.read_table(path, columns=["signature"], use_threads=False)["signature"].to_pylist())
+    return list(open_sealed(path).read(["signature"], use_threads=False)["signature"].to_pylist())
 
 
 def _fixed(column: Any, width: int) -> NDArray[np.uint8]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from headrace.corpus.contamination import Findings
@@ -57,7 +56,7 @@ def survey(scans: Sequence[Path]) -> Survey:
     for scan in scans:
         summary = read_summary(scan)
         found.sources.append(summary.source)
-        found.rows.append(pq.read_metadata(scan).num_rows)
+        found.rows.append(summary.rows)
         if summary.damaged:
             found.with_damage.append(scan)
             found.damaged.setdefault(summary.source, Counter()).update(summary.damaged)

@@ -65,9 +65,7 @@ def load(
         raise UserError(f"evaluate.harness: {twice[0]} stands there twice; name each task once")
     for config in chosen:
         _require_definition(config, root)
-    folders = dict.fromkeys(root / folder for config in chosen for folder in config.folders)
-    with quiet():
-        manager = TaskManager(include_path=list(folders), include_defaults=False)
+    manager = _manager(chosen, root)
     loaded, skipped, reached = [], {}, reachable()
     for config in chosen:
         if any((entry.cfg or {}).get("unsafe_code") for entry in _leaves(manager, config.task)):
@@ -91,6 +89,11 @@ def load(
             continue
         loaded.append(LoadedTask(config, {name: _prepared(task, config) for name, task in tasks.items()}))
     return loaded, skipped
+
+
+def definitions(config: HarnessTask, root: Path = ROOT) -> list[Mapping[str, Any]]:
+    """The definitions of a task's leaves as they are in their files: nothing that they name is imported or run."""
+    return [entry.cfg or {} for entry in _leaves(_manager([config], root), config.task)]
 
 
 def reachable() -> bool:
@@ -126,6 +129,12 @@ def definition(folders: Sequence[str], root: Path = ROOT) -> str:
     kept = sorted(path for path in files if path.suffix not in (".md", ".pyc"))
     lines = [f"{path.relative_to(root).as_posix()} {hash_file(path, 'sha256')}\n" for path in kept]
     return hash_bytes("".join(lines).encode(), "sha256").removeprefix("sha256:")
+
+
+def _manager(chosen: Sequence[HarnessTask], root: Path) -> TaskManager:
+    folders = dict.fromkeys(root / folder for config in chosen for folder in config.folders)
+    with quiet():
+        return TaskManager(include_path=list(folders), include_defaults=False)
 
 
 def _require_definition(config: HarnessTask, root: Path) -> None:

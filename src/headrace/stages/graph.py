@@ -7,12 +7,15 @@ and how its program is called. Every word of a command that comes from the user 
 import shlex
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from headrace.config.compose import load, overrides_from
+from headrace.config.schema import Config
 from headrace.config.shards import training_shards
 from headrace.corpus.pieces import count
 from headrace.corpus.sources import checked_lock, known_lock
+from headrace.errors import UserError
 from headrace.stages.batch_names import EXTRA_SHARDS, batch_folder, batch_names, per_job
 from headrace.stages.places import places
 from headrace.training.trials import trials
@@ -31,6 +34,12 @@ class Graph:
             command = shlex.join(["headrace", "index", *self._overrides])
             print(
                 f"{len(new)} new source files, e.g. {new[0]}, are left out; `{command}` takes them in", file=sys.stderr
+            )
+        if check_sources and (unsought := _unsought(self.config)):
+            print(
+                f"evaluated, but not sought in training text: items of {', '.join(unsought)}; `headrace items` writes "
+                "them down for corpus.contamination_items",
+                file=sys.stderr,
             )
         self._lock, self.places = lock, places(self.config, lock.hash)
 
@@ -52,8 +61,12 @@ class Graph:
 
     def scan_batches(self) -> list[str]:
         """The jobs that the sources are scanned in. One job's worth the corpus stage does by itself."""
-        names = batch_names(count(self._lock), per_job("corpus_scans", self.config.launch))
+        names = batch_names(self._pieces, per_job("corpus_scans", self.config.launch))
         return names if len(names) > 1 else []
+
+    def corpus_minutes(self) -> int:
+        """How long the job may take that selects from all scans and extracts text: see docs/data.md."""
+        return 120 + self._pieces // 600
 
     def shard_batches(self) -> list[str]:
         """The jobs that the token shards are made in."""
@@ -115,6 +128,10 @@ class Graph:
         """The shell line of `snakemake ablations`."""
         return f"{_quote(sys.executable)} -m headrace.stages.ablations {self._arguments()} 2>&1 | tee {{log:q}}"
 
+    @cached_property
+    def _pieces(self) -> int:
+        return count(self._lock)
+
     def _batches(self, program: str) -> str:
         return batch_folder(program, per_job(program, self.config.launch))
 
@@ -127,6 +144,20 @@ class Graph:
             "slurm": f"[ $code -eq {_AGAIN} ] || exit $code; scontrol requeue $SLURM_JOB_ID; sleep 600",
         }[self.config.launch.rerun]
         return f"while true; do code=0; {command} || code=$?; [ $code -ne 0 ] || break; {again}; done"
+
+
+def _unsought(config: Config) -> list[str]:
+    """The evaluation's tasks of which the corpus stage seeks no items."""
+    tasks = [*config.evaluate.tasks, *(task.task for task in config.evaluate.harness)]
+    sought = set[str](config.corpus.contamination_tasks)
+    if config.corpus.contamination_items and not sought.issuperset(tasks):
+        from headrace.corpus.item_files import read_items  # imports numpy
+
+        try:
+            sought |= {item.id.partition("/")[0] for item in read_items(config.corpus.contamination_items)}
+        except UserError:  # the corpus stage says so, if it has to read them
+            return []
+    return [task for task in tasks if task not in sought]
 
 
 def _declare(made: str, output: str) -> str:

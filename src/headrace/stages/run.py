@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,6 +151,7 @@ class _Job:
     lock: Lock
     places: dict[str, Place]
     deadline: Deadline
+    began: float = field(default_factory=time.time)
 
     @property
     def place(self) -> Place:
@@ -170,7 +171,7 @@ def _run(door: Door, config: Config, overrides: tuple[str, ...]) -> int:
             if line:
                 say(place, line)
             return _attempt(job)
-        _finish(place, manifests.verify(place.artifact), door.after)
+        _finish(job, manifests.verify(place.artifact))
         say(place, line)
         return 0
 
@@ -228,7 +229,7 @@ def _work(job: _Job, log: logging.Logger) -> str:
         manifests.commit(output, place.artifact)
         tracker.summary(outcome.summary)
         tracker.artifact(f"{row.name}-{place.fingerprint}", row.name, place.artifact / manifests.NAME)
-    _finish(place, manifest, job.door.after)
+    _finish(job, manifest)
     say(place, outcome.line, seconds)
     log.info("done in %.1f s: %s", seconds, outcome.line)
     return outcome.line
@@ -271,10 +272,11 @@ def _require_finished(stage: str, parents: dict[str, Place], overrides: tuple[st
             raise UserError(f"{stage} needs {name} {parent.fingerprint}, which is not finished; run `{command}` first")
 
 
-def _finish(place: Place, manifest: Manifest, after: Callable[[Place], None] | None) -> None:
-    """Write `done` where it is missing or differs, and point `results/latest/<stage>` here."""
-    if after:
-        after(place)
+def _finish(job: _Job, manifest: Manifest) -> None:
+    """Write `done` where it is missing or differs, point `results/latest/<stage>` here, and tidy up."""
+    place = job.place
+    if job.door.after:
+        job.door.after(place)
     text = manifest.hash + "\n"
     if not place.done.exists() or place.done.read_text() != text:
         write_atomic(place.done, text.encode())
@@ -284,6 +286,15 @@ def _finish(place: Place, manifest: Manifest, after: Callable[[Place], None] | N
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(Path("..") / place.stage / place.fingerprint)
     temporary.replace(latest / place.stage)
+    _sweep(place.folder, job.began)
+
+
+def _sweep(folder: Path, before: float) -> None:
+    """Remove what processes killed before this one began were writing; those that are alive have written since."""
+    for path in folder.rglob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            if path.is_file() and path.stat().st_mtime < before:
+                path.unlink()
 
 
 def _open_tracker(config: Config, place: Place, parents: dict[str, Place], group: str, log: logging.Logger) -> Tracker:
