@@ -14,6 +14,7 @@ from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import write_json
 from headrace.errors import UserError
 from headrace.publication import hub as hub_module
+from headrace.publication import token_dataset
 from headrace.publication.facts import DataSource
 from headrace.publication.gate import inspect_dataset
 from headrace.publication.hub import DATASET, push
@@ -38,6 +39,9 @@ def _tokens(tmp_path_factory):
             writer.add(ids, np.array([len(row) for row in rows], np.int32))
         shard = {"name": name, "tokens": len(ids), "documents": count}
         splits.setdefault(name.split("-")[0], {"shards": []})["shards"].append(shard)
+    write_json(
+        folder / "tokenizer.json", {"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 2}, "merges": []}}
+    )
     write_json(folder / "dataset.json", {"eos": 1, "tokenizer": "sha256:0123", "splits": splits})
     manifests.build(folder, kind="tokenize", producer={}, inputs={}, summary={})
     return folder
@@ -93,6 +97,15 @@ def test_the_card_says_where_the_text_is_from_and_loads_as_the_hub_loads_it(tree
     assert "configs" not in DatasetCard((trees / "megatron" / "README.md").read_text()).data.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("documents", "size"), [(0, "n<1K"), (1000, "1K<n<10K"), (15_400_000_000, "10B<n<100B"), (10**12, "n>1T")]
+)
+def test_the_card_says_the_size_in_the_hubs_words(documents, size, tmp_path):
+    splits = {"train": {"shards": [{"documents": documents, "tokens": documents}]}}
+    write_json(tmp_path / "dataset.json", {"eos": 1, "tokenizer": "sha256:0123", "splits": splits})
+    assert DatasetCard(token_dataset._card(tmp_path, facts())).data.size_categories == [size]
+
+
 def test_the_view_is_whole_and_names_no_place_on_this_machine(trees, tokens):
     loaded = datasets.load_dataset(str(trees / "arrow"), cache_dir=str(trees / "cache"))
     assert {name: len(split) for name, split in loaded.items()} == {"train": 160, "heldout": 7}
@@ -102,6 +115,7 @@ def test_the_view_is_whole_and_names_no_place_on_this_machine(trees, tokens):
     for tree in ("arrow", "megatron"):
         for name, data in local_files(trees / tree).items():
             assert name.startswith("data/") or str(trees).encode() not in data, name
+        assert (trees / tree / "tokenizer.json").samefile(tokens / "tokenizer.json")
         told = json.loads((trees / tree / "headrace.json").read_text())["files"]
         assert set(told) == set(local_files(trees / tree)) - {"headrace.json"}
 
