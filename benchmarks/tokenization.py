@@ -5,7 +5,8 @@ way is a process of its own on one core, loads its tokenizer, then waits for its
 until its files are written, flushed and, for ours, packed, read back and hashed, with every 1,000th document encoded
 again by `tokenizers`. The engine's cache is cold: every way sees the text once.
 
-    ours            Parquet -> fastokens -> packed .bin/.idx/.pack with hashes (what the tokenize stage does)
+    ours            Parquet -> fastokens -> packed .bin/.idx/.pack with hashes (the tokenize stage has to find and
+                    open the sources beside that, and compares each text with its digest)
     ours, FIM       the same with a tenth of the documents rearranged
     read and write  Parquet -> texts, and as many bytes as ours writes, written, fsynced and hashed: what disk and
                     formats alone allow

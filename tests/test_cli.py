@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from headrace.artifacts.files import read_json
 from headrace.cli import main
 from headrace.config.compose import load
 from headrace.stages.corpus_scans import task_items
+from small_corpus import tokenized
 
 
 def rows(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
@@ -46,6 +48,23 @@ def test_a_stage_of_half_a_rank_takes_half_the_time(capsys: pytest.CaptureFixtur
 
 def test_one_process_has_no_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert "idle share" not in rows(capsys, "parallel=single")
+
+
+def test_the_plan_of_a_dataset_is_of_the_tokenizer_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tokenized(
+        tmp_path, ("experiment=tiny", "tracking=disabled", "corpus=files", "tokenizer.vocab_size=300",
+                   "corpus.validation_fraction=0.2", "corpus.heldout_fraction=0.2"),
+    )  # fmt: skip
+    capsys.readouterr()
+    found = rows(capsys, *words, "tokens.total=14.8e12")
+    (report,) = (tmp_path / "results" / "tokenizer").glob("*/artifact/tokenizer_report.json")
+    assert found["tokenizer"].strip() == f"300 ids, {read_json(report)['sha256']}"
+    assert "per core-second" in found["core-hours"]
+    for other in ("tokenizer.vocab_size=301", "corpus.paths=[nowhere]"):
+        assert "not known" in rows(capsys, *words, "tokens.total=14.8e12", other)["core-hours"]
+    assert len(list((tmp_path / "results" / "locks").glob("*.lock"))) == 1  # a plan makes none
 
 
 def test_what_is_impossible_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

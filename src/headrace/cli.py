@@ -140,13 +140,18 @@ def _plan(arguments: argparse.Namespace) -> str:
 
 
 def _dataset(config: Config, total: int) -> list[tuple[str, str]]:
-    """What tokenizing takes, at the speed of the newest tokenizer in the results on a sample of its corpus."""
+    """What tokenizing takes, at the speed of this configuration's tokenizer on a sample of its corpus, if made."""
+    from headrace.corpus.sources import known_lock, lock_path
     from headrace.planning.dataset import dataset_rows, measure
+    from headrace.stages.places import places
 
-    latest = Path(config.paths.results) / "latest"
-    corpus, tokenizer = latest / "corpus" / "artifact", latest / "tokenizer" / "artifact"
-    ready = corpus.exists() and tokenizer.exists()
-    return dataset_rows(config, total, measure(corpus, tokenizer, config) if ready else None)
+    speed = None
+    if lock_path(config).exists():  # or else nothing is made, and asking for the lock would make one
+        found = places(config, known_lock(config).hash)
+        corpus, tokenizer = found["corpus"].artifact, found["tokenizer"].artifact
+        if corpus.exists() and tokenizer.exists():
+            speed = measure(corpus, tokenizer, config)
+    return dataset_rows(config, total, speed)
 
 
 def _simulated(config: Config, phase: str) -> "tuple[Simulated, Simulated]":

@@ -62,6 +62,7 @@ def test_cards_that_are_right_pass(metadata):
         ({"base_model": None}, "base_model"),
         ({"datasets": ["ok/ok", "not ok"]}, "datasets"),
         ({"size_categories": ["n<1001"]}, "size_categories"),
+        ({"size_categories": ["n>100M"]}, "size_categories"),
         ({"configs": ["default"]}, "configs"),
         ({"configs": [{"data_files": []}]}, "configs"),
         ({"model-index": []}, "model-index"),

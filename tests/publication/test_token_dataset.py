@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import DatasetCard, HfApi
 
 from headrace.artifacts import manifest as manifests
-from headrace.artifacts.files import read_json
+from headrace.artifacts.files import read_json, write_json
 from headrace.errors import UserError
 from headrace.publication import hub as hub_module
+from headrace.publication import token_dataset
 from headrace.publication.facts import DataSource
 from headrace.publication.gate import inspect_dataset
 from headrace.publication.hub import DATASET, push
@@ -83,6 +84,15 @@ def test_the_card_says_where_the_text_is_from_and_loads_as_the_hub_loads_it(tree
     assert "configs" not in DatasetCard((trees / "megatron" / "README.md").read_text()).data.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("documents", "size"), [(0, "n<1K"), (1000, "1K<n<10K"), (15_400_000_000, "10B<n<100B"), (10**12, "n>1T")]
+)
+def test_the_card_says_the_size_in_the_hubs_words(documents, size, tmp_path):
+    splits = {"train": {"shards": [{"documents": documents, "tokens": documents}]}}
+    write_json(tmp_path / "dataset.json", {"eos": 1, "tokenizer": "sha256:0123", "splits": splits})
+    assert DatasetCard(token_dataset._card(tmp_path, facts())).data.size_categories == [size]
+
+
 def test_the_view_is_whole_and_names_no_place_on_this_machine(trees, tokens):
     loaded = datasets.load_dataset(str(trees / "arrow"), cache_dir=str(trees / "cache"))
     assert {name: len(split) for name, split in loaded.items()} == {"train": 160, "heldout": 7}
@@ -92,6 +102,7 @@ def test_the_view_is_whole_and_names_no_place_on_this_machine(trees, tokens):
     for tree in ("arrow", "megatron"):
         for name, data in local_files(trees / tree).items():
             assert name.startswith("data/") or str(trees).encode() not in data, name
+        assert (trees / tree / "tokenizer.json").samefile(tokens / "tokenizer.json")
         told = json.loads((trees / tree / "headrace.json").read_text())["files"]
         assert set(told) == set(local_files(trees / tree)) - {"headrace.json"}
 

@@ -11,6 +11,7 @@ import pytest
 from headrace.artifacts import manifest as manifests
 from headrace.artifacts.manifest import FileEntry
 from headrace.config.compose import load
+from headrace.corpus.selection import Selection
 from headrace.corpus.sources import known_lock
 from headrace.errors import UserError
 from headrace.stages import corpus, tokenize, tokenize_plan, tokenize_shards, tokenizer
@@ -79,6 +80,15 @@ def test_the_gather_reads_no_shard_and_takes_what_records_name(
         path = place.artifact / name
         assert entry == FileEntry(path.stat().st_size, hash_file(path, "xxh3"))
     manifests.verify(place.artifact)
+
+
+def test_the_selection_is_opened_once_for_all_units(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    init = Selection.__init__
+    monkeypatch.setattr(Selection, "__init__", lambda self, *given: (opened.append(given), init(self, *given))[1])
+    assert main(tokenize.DOOR, words) == 0  # it makes all shards
+    assert len(opened) == 1
+    assert len(list(shard_folder(place_of(words).folder).glob("web.train-*.bin"))) == 3
 
 
 def test_a_damaged_shard_is_named_and_made_anew_once_the_result_is_taken_away(

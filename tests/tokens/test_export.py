@@ -64,6 +64,7 @@ def stage_folder(documents: Documents, tmp_path_factory: pytest.TempPathFactory)
             writer.add(np.array([id_ for row in rows for id_ in row], np.int32), lengths)
         shard = {"name": name, "tokens": int(lengths.sum()), "documents": len(rows)}
         splits.setdefault(split_of(name), {"shards": []})["shards"].append(shard)
+    (folder / "tokenizer.json").write_text("{}")
     write_json(folder / "dataset.json", {"eos": EOS, "tokenizer": "sha256:0123", "splits": splits})
     manifests.build(folder, kind="tokenize", producer={}, inputs={}, summary={}, algorithm="xxh3")
     return folder.parent
@@ -93,6 +94,8 @@ def test_views_are_hard_links_beside_small_files(
                 stage_folder / "artifact" / f"{shard}.bin",
             )
             assert linked.stat().st_ino == original.stat().st_ino
+    for out in views.values():
+        assert (out / "tokenizer.json").samefile(stage_folder / "artifact" / "tokenizer.json")
     own = [path for path in views["datatrove"].rglob("*") if path.is_file() and path.stat().st_nlink == 1]
     assert sum(path.stat().st_size for path in own) < 10 * sum(map(len, documents.values())) + 1000
 

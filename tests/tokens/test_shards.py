@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,6 +206,29 @@ def test_a_killed_unit_is_never_taken_for_done(work: Work, dataset: Path, tmp_pa
         work.make(unit, tmp_path)
     finish(tmp_path, work.units)
     assert contents(tmp_path) == contents(dataset)  # and nothing is left of the killed one
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_reads_back_otherwise_is_named_and_has_no_record(
+    work: Work, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    unit = work.units[0]
+    path, describe = tmp_path / f"{unit.name}{suffix}", shards_module.describe
+
+    def damaged(read: Path) -> dict[str, Any]:
+        if read == path:
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+        return describe(read)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "describe", damaged)
+        with pytest.raises(OSError, match=rf"{path.name}: reads back otherwise than it was written"):
+            work.make(unit, tmp_path)
+    assert not (tmp_path / f"{unit.name}.json").exists()
+    work.make(unit, tmp_path)
+    assert path.read_bytes() == (dataset / path.name).read_bytes()
 
 
 def test_an_engine_with_one_wrong_id_fails_the_shard_by_name(

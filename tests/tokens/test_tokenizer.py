@@ -117,6 +117,32 @@ def test_a_file_that_does_not_fit_is_refused(tiny: Config, stdlib_corpus: Path, 
         build(other / "tokenizer.json")
 
 
+def test_an_end_of_sequence_that_text_could_produce_is_refused(
+    tiny: Config, stdlib_corpus: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    tree = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    tree["pre_tokenizer"] = tree["pre_tokenizer"]["pretokenizers"][-1]  # no cuts
+    tree["model"]["vocab"] |= {"</": 1024, "</s": 1025, "</s>": 1026}
+    tree["model"]["merges"] += [["<", "/"], ["</", "s"], ["</s", ">"]]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict.fromkeys(("bos_token", "eos_token"), "</s>")))
+    path, out = tmp_path / "tokenizer.json", tmp_path / "out"
+    out.mkdir()
+
+    def refused(match: str) -> None:
+        path.write_text(json.dumps(tree))
+        config = replace(tiny.tokenizer, source="file", path=str(path), vocab_size=2000)
+        with pytest.raises(UserError, match=match):
+            build_tokenizer(config, stdlib_corpus, out, quiet)
+
+    refused(r"bos_token is '</s>', which tokenizer\.json lacks among its added_tokens: text could produce it")
+    assert 1026 in open_engine("tokenizers", path).encode(["a </s> b"])[0]
+    with pytest.raises(UserError, match=r"eos_token '</s>' is no added token of tokenizer\.json"):
+        special_id(tmp_path, "eos_token")
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 1026, "content": "</s>"})
+    tree["model"]["unk_token"] = "</s>"
+    refused("eos_token stands for all unknown text")
+
+
 def test_ids_of_control_tokens_are_those_of_the_file_however_its_settings_are_written() -> None:
     assert special_id(V3.parent, "eos_token") == 1  # an object with flags in V3's own tokenizer_config.json
     fim = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")

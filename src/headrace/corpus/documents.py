@@ -36,7 +36,7 @@ class Read(NamedTuple):
 
 
 def selected_documents(
-    corpus_folder: Path,
+    corpus: Path | Selection,
     lock: Lock,
     config: CorpusConfig,
     pieces: Sequence[Piece],
@@ -46,18 +46,19 @@ def selected_documents(
 ) -> Iterator[tuple[int, str, str]]:
     """(id, source, text) of the documents of `split` in some pieces, in reading order.
 
-    `skip` of them are left out at the beginning, and `count` are enough. Pieces without documents that are asked for
-    are not read. Raises `UserError` that names a source which is gone or changed, and for a lock that is not the one
-    the corpus was made from.
+    `corpus` is its folder, or its selection: opening one takes a second at 14.8T tokens. `skip` of the documents are
+    left out at the beginning, and `count` are enough. Pieces without documents that are asked for are not read. Raises
+    `UserError` that names a source which is gone or changed, and for a lock that is not the one the corpus was made
+    from.
     """
-    for piece, chosen, wanted in _wanted(Selection(corpus_folder, lock.hash), pieces, split, skip, count):
+    selection = Selection(corpus, lock.hash) if isinstance(corpus, Path) else corpus
+    for piece, chosen, wanted in _wanted(selection, pieces, split, skip, count):
         for read in read_chosen(lock, config, piece, chosen, wanted.tolist()):
             yield read.id, piece.source, read.document.text
 
 
 def selected_hash(
-    corpus_folder: Path,
-    lock: Lock,
+    selection: Selection,
     pieces: Sequence[Piece],
     split: str = TRAIN,
     skip: int = 0,
@@ -65,7 +66,7 @@ def selected_hash(
 ) -> str:
     """A hash of which documents `selected_documents` gives: of their ids and digests; no text is read."""
     known = hashlib.sha256()
-    for _, chosen, wanted in _wanted(Selection(corpus_folder, lock.hash), pieces, split, skip, count):
+    for _, chosen, wanted in _wanted(selection, pieces, split, skip, count):
         known.update(chosen.ids[wanted].astype("<i8").tobytes())
         known.update(chosen.digests[wanted].astype("<u8").tobytes())
     return f"sha256:{known.hexdigest()}"

@@ -78,7 +78,8 @@ class Selection:
         kept = fates < FIRST_RULE
         ids = np.where(kept, int(self.pieces["first_id"][piece]) + np.cumsum(kept) - 1, -1)
         sampled = np.zeros(rows, dtype=bool)
-        begin, end = np.searchsorted(self._sample, [first, first + rows])
+        # Of its own kind: for signed numbers NumPy would convert the whole sample, at every piece.
+        begin, end = np.searchsorted(self._sample, np.array([first, first + rows], np.uint64))
         sampled[(self._sample[begin:end] - np.uint64(first)).astype(np.int64)] = True
         return Chosen(fates, np.asarray(self._digests[first : first + rows]), ids, sampled)
 

@@ -1,8 +1,9 @@
 """What a dataset of so many tokens takes: shards, bytes, jobs, and core-hours at the speed that is measured here.
 
 The speed is that of the way from Parquet to a written and described shard, on this machine, with the tokenizer and a
-sample of the text that will be tokenized; both are results of stages that ran before. Scans of the sources come before
-it and are not in it.
+sample of the text that will be tokenized; both are results of stages that ran before. What the stage does beside it is
+not in it: reading the sources and comparing each text with its digest. Scans of the sources come before it and have a
+row of their own.
 """
 
 import tempfile
@@ -23,6 +24,7 @@ from headrace.tokens.shards import Encoded, write_shard
 SAMPLE_BYTES = 16_000_000
 PIECE_BYTES = 32_000_000
 """Of text that a scan takes at once (`corpus.pieces`)."""
+_SCAN_SPEEDS = 45e6, 70e6  # bytes a core-second with 20,000 n-grams, as docs/data.md has them
 _DOCUMENT_TOKENS = 1000  # of a web document, about
 _INDEX_BYTES = 20  # of a document in `.idx`
 _PACK_BYTES = 8  # of a row in `.pack`
@@ -35,6 +37,7 @@ class Speed:
     tokens_per_second: float
     bytes_per_token: float
     bytes: int
+    tokenizer: str  # which one: its number of ids and its hash
 
 
 def measure(corpus: Path, tokenizer: Path, config: Config) -> Speed:
@@ -57,7 +60,9 @@ def measure(corpus: Path, tokenizer: Path, config: Config) -> Speed:
 
         made = write_shard(Path(folder) / "sample", encoded(), tokens.row_lengths)
         seconds = time.process_time() - began
-    return Speed(made["tokens"] / seconds, sum(sizes) / made["tokens"], sum(sizes))
+    known = encoder.identity()
+    which = f"{known['vocab_size']:,} ids, {known['tokenizer']}"
+    return Speed(made["tokens"] / seconds, sum(sizes) / made["tokens"], sum(sizes), which)
 
 
 def dataset_rows(config: Config, total: int, speed: Speed | None) -> list[tuple[str, str]]:
@@ -84,9 +89,12 @@ def dataset_rows(config: Config, total: int, speed: Speed | None) -> list[tuple[
     work = f"{scans}, {shard_jobs:,} of {launch.shards_per_job} shards"
     rate = f"{scaled(speed.tokens_per_second).strip()} tokens per core-second"
     measured = f"measured now on {speed.bytes / 1e6:.1f} MB of this corpus; scans not counted"
+    slow, fast = (text / each / 3600 for each in _SCAN_SPEEDS)
     return [
         *found,
+        ("tokenizer", speed.tokenizer),
         ("text", f"{scaled(text)}B at {speed.bytes_per_token:.2f} bytes a token"),
         ("jobs", f"{scan_jobs + shard_jobs + 4:,}: {work}, and 4 that plan and gather"),
         ("core-hours", f"{total / speed.tokens_per_second / 3600:,.0f} at {rate}, {measured}"),
+        ("scan core-hours", f"{fast:,.0f} to {slow:,.0f} at 70 to 45 MB/s, not measured here: see docs/data.md"),
     ]

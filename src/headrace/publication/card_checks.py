@@ -14,6 +14,11 @@ import yaml
 from huggingface_hub import ModelCardData, parse_eval_result_entries
 
 _WORDS = re.compile(r".*\S.*", re.DOTALL)
+SIZES = (
+    *("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B"),
+    *("100B<n<1T", "n>1T"),
+)
+"""The Hub's words for how many rows a data set has (huggingface_hub, `DatasetCardData.size_categories`)."""
 _FIELDS = {  # form of the value, or of each where there may be several
     "license": re.compile(r"[a-z0-9][a-z0-9.+-]*"),
     "license_name": re.compile(r"[a-z0-9.-]+"),
@@ -21,7 +26,7 @@ _FIELDS = {  # form of the value, or of each where there may be several
     "library_name": re.compile(r"[a-z0-9][\w.-]*"),
     "pipeline_tag": re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*"),
     "task_categories": re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*"),
-    "size_categories": re.compile(r"n[<>]\d+[KMBT]|\d+[KMBT]<n<\d+[KMBT]"),
+    "size_categories": re.compile("|".join((*SIZES, "other"))),
     "pretty_name": _WORDS,
     "tags": _WORDS,
 }

@@ -35,7 +35,7 @@ _ALLOWED: tuple[tuple[str, int], ...] = (  # name, most bytes
 )
 _DATASET: tuple[tuple[str, int], ...] = (
     (r"README\.md|LICENSE", MIB),
-    (r"headrace\.json|dataset\.json", 64 * MIB),
+    (r"headrace\.json|dataset\.json|tokenizer\.json", 64 * MIB),
     (r"data/[a-z0-9][\w.-]{0,200}\.(?:arrow|bin|idx)", 50 * GIB),
 )
 _CHECKPOINT: tuple[tuple[str, int], ...] = (

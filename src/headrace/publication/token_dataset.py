@@ -3,6 +3,7 @@
     README.md                          the card, from computed facts
     data/train-00000-of-00008.arrow    view `arrow`: a row a document, for `datasets`
     data/<shard>.bin, .idx             view `megatron`: the shards as they are, in hard links, and dataset.json
+    tokenizer.json                     what the ids are of
     headrace.json                      every file with size and sha256
 
 Shards may be many, so it goes to the Hub through a pull request (`hub.DATASET`) and appears there whole.
@@ -20,13 +21,13 @@ from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import link_or_copy, read_json, write_atomic, write_json
 from headrace.errors import UserError
 from headrace.publication import card
+from headrace.publication.card_checks import SIZES
 from headrace.publication.facts import DataSource
 from headrace.publication.gate import inspect_dataset
 from headrace.publication.repository import MANIFEST, describe
-from headrace.tokens.export import export
+from headrace.tokens.export import TOKENIZER, export
 
 View = Literal["arrow", "megatron"]
-_SIZES = ((3, "n<1K"), (4, "1K<n<10K"), (5, "10K<n<100K"), (6, "100K<n<1M"), (7, "1M<n<10M"), (8, "10M<n<100M"))
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def _link_shards(target: Path, tokens: Path) -> None:
     for name in manifest.files:
         if name.endswith((".bin", ".idx")):
             link_or_copy(tokens / name, target / "data" / name)
-    link_or_copy(tokens / "dataset.json", target / "dataset.json")
+    for name in ("dataset.json", TOKENIZER):
+        if name in manifest.files:
+            link_or_copy(tokens / name, target / name)
 
 
 def _card(tokens: Path, facts: DatasetFacts) -> str:
@@ -89,7 +92,7 @@ def _card(tokens: Path, facts: DatasetFacts) -> str:
         pretty_name=f"{facts.title}: tokens",
         task_categories=["text-generation"],
         tags=["headrace", "tokenized"],
-        size_categories=[next((name for digits, name in _SIZES if documents < 10**digits), "n>100M")],
+        size_categories=[SIZES[min(max(len(str(documents)) - 3, 0), len(SIZES) - 1)]],
         configs=[{"config_name": "default", "data_files": files}] if facts.view == "arrow" else None,
     )
     source = facts.repo_id or "path/to/this/folder"

@@ -66,6 +66,7 @@ class Documents:
     def __init__(self, corpus: Path, lock: Lock, config: Config) -> None:
         self._corpus, self._lock, self._config = corpus, lock, config.corpus
         self._pieces: list[Piece] = pieces(lock)
+        self._selection = Selection(corpus, lock.hash)  # once for all units: there may be 6,894
 
     def of(self, unit: Unit) -> Source:
         """The documents of one unit."""
@@ -73,10 +74,12 @@ class Documents:
             path = self._corpus / f"{unit.split}.parquet"
             return Source(hash_file(path, "xxh3"), lambda: _extracted(path))
         mine = self._pieces[unit.first_piece : unit.last_piece + 1]
-        known = selected_hash(self._corpus, self._lock, mine, TRAIN, unit.skip, unit.documents)
+        known = selected_hash(self._selection, mine, TRAIN, unit.skip, unit.documents)
 
         def read() -> Iterator[tuple[int, str]]:
-            chosen = selected_documents(self._corpus, self._lock, self._config, mine, TRAIN, unit.skip, unit.documents)
+            chosen = selected_documents(
+                self._selection, self._lock, self._config, mine, TRAIN, unit.skip, unit.documents
+            )
             for number, _, text in chosen:
                 yield number, text
 

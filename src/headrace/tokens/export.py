@@ -8,7 +8,8 @@ another description of where documents end. So a view is hard links and small fi
     olmo        <split>/<shard>.npy, .csv.gz (lines `start,end` of documents, in tokens)
     arrow       data/<split>-00000-of-00008.arrow: a row a document, for `datasets`; the tokens are copied
 
-Everything is verified against the dataset's manifest first, and `out` appears when it is whole.
+Each has the dataset's `tokenizer.json`, too. Everything is verified against the dataset's manifest first, which reads
+it all, and `out` appears when it is whole.
 """
 
 import gzip
@@ -25,11 +26,12 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.artifacts import manifest as manifests
-from headrace.artifacts.files import read_json, sync_folder, write_atomic, write_json
+from headrace.artifacts.files import link_or_copy, read_json, sync_folder, write_atomic, write_json
 from headrace.errors import UserError
 from headrace.tokens.indexed import IndexedReader
 
 Format = Literal["datatrove", "olmo", "arrow"]
+TOKENIZER = "tokenizer.json"
 
 _ROWS = 1000  # documents of one Arrow record batch: what `datasets` writes itself
 _SCHEMA = pa.schema([("input_ids", pa.large_list(pa.uint32()))])  # large: a shard's tokens need more than 31 bits
@@ -83,6 +85,8 @@ def export(dataset: Path, out: Path, format: Format) -> Exported:  # noqa: A002
         staging.mkdir()
         for shard in shards:  # one is open at a time: there may be thousands
             _WRITERS[format](shard, folder / shard.name, staging, tokenizer)
+        if TOKENIZER in manifest.files:
+            link_or_copy(folder / TOKENIZER, staging / TOKENIZER)
         write_json(staging / "export.json", {"format": format, "dataset": manifest.hash, "eos": eos, "read": how})
         for path, _, _ in os.walk(staging, topdown=False):
             sync_folder(Path(path))

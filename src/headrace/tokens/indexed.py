@@ -10,14 +10,16 @@ u64[R + 1], the tokens of `.bin` at which rows begin, and the end of the last. R
 is padded when it is read. Files appear under their names only when they are whole.
 """
 
+import io
 import os
 import struct
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from headrace.artifacts.files import sync_folder
@@ -43,8 +45,28 @@ def shard_paths(prefix: Path, row_lengths: Sequence[int] = ()) -> list[Path]:
     return [*plain, *(pack_path(prefix, row_length) for row_length in row_lengths)]
 
 
+class _Hashed(io.BufferedWriter):
+    """A file that hashes what it is given to write."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self._hasher = xxhash.xxh3_128()
+
+    def write(self, data: Any, /) -> int:
+        """Write and hash bytes, or what has bytes."""
+        self._hasher.update(data)
+        return super().write(data)
+
+    def hash(self) -> str:
+        """As `artifacts.files` has it of the whole file."""
+        return f"xxh3:{self._hasher.hexdigest()}"
+
+
 class IndexedWriter:
-    """Writes the files of a shard; use as a context manager, which publishes them on success only."""
+    """Writes the files of a shard; use as a context manager, which publishes them on success only.
+
+    `hashes`: by name, of what was written, so that what is read back can be compared with it.
+    """
 
     def __init__(self, prefix: Path, row_lengths: Sequence[int] = ()) -> None:
         self._paths, self._row_lengths = shard_paths(prefix, row_lengths), row_lengths
@@ -52,9 +74,10 @@ class IndexedWriter:
         self._lengths: list[NDArray[np.int32]] = []
         self._starts: list[list[NDArray[np.int64]]] = [[] for _ in row_lengths]
         self._tokens = 0
+        self.hashes: dict[str, str] = {}
 
     def __enter__(self) -> "IndexedWriter":
-        self._bin: IO[bytes] = self._temporary[0].open("wb")
+        self._bin = _Hashed(self._temporary[0])
         return self
 
     def add(
@@ -80,13 +103,17 @@ class IndexedWriter:
         if kind is not None:
             self._temporary[0].unlink()
             return
-        with self._temporary[1].open("wb") as file:
+        files = [self._bin]
+        with _Hashed(self._temporary[1]) as file:
             _write_index(file, np.concatenate([np.empty(0, "<i4"), *self._lengths]))
             _sync(file)
+            files.append(file)
         for path, row_length, parts in zip(self._temporary[2:], self._row_lengths, self._starts, strict=True):
-            with path.open("wb") as file:
+            with _Hashed(path) as file:
                 _write_pack(file, row_length, np.concatenate([*parts, [self._tokens]]))
                 _sync(file)
+                files.append(file)
+        self.hashes = {path.name: file.hash() for path, file in zip(self._paths, files, strict=True)}
         for temporary, path in zip(self._temporary, self._paths, strict=True):
             temporary.replace(path)
         sync_folder(self._paths[0].parent)

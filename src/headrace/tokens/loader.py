@@ -33,6 +33,7 @@ from headrace.tokens.verified import VerifiedFile
 
 IGNORED = -1
 """An element of a row that is no token: nothing is to be predicted there."""
+_INT32 = np.dtype("<i4")
 _REMEDY = "run the tokenize stage again"
 
 
@@ -53,13 +54,16 @@ class Shard:
             starts = self._open_pack(row_length)
         return int(starts[row]), int(starts[row + 1])
 
-    def read(self, begin: int, end: int) -> NDArray[np.int32]:
-        """int32: a verified view of these tokens, as far as the shard goes."""
-        return self._bin.bytes(4 * begin, min(4 * end, self._bin.size)).view("<i4")
+    def row(self, row: int, row_length: int, extra: int) -> NDArray[np.int32]:
+        """int32: a verified view of a row, and where it is full of `extra` tokens more, as far as the shard goes."""
+        begin, end = self.ends(row, row_length)
+        if end - begin == row_length:
+            end = min(end + extra, self.tokens)
+        return self._bin.bytes(4 * begin, 4 * end).view(_INT32)
 
     def verify(self) -> None:
         """Verify every byte of every file, and that they fit together; `UserError` names the file that is damaged."""
-        for name in self._files:
+        for name in self._files():
             self._file(name).verify()
         IndexedReader(self._prefix)
         for length, rows in self.rows.items():
@@ -83,9 +87,8 @@ class Shard:
             raise UserError(f"{file.path}: {file.size} bytes instead of {4 * self.tokens}; {_REMEDY}")
         return file
 
-    @functools.cached_property
     def _files(self) -> Mapping[str, Any]:
-        """Files by name, from the shard's record, which `dataset.json` vouches for."""
+        """Files by name, from the shard's record, which `dataset.json` vouches for; too long to be kept as text."""
         path = self._prefix.with_name(f"{self.name}.json")
         data = read_bytes(path)
         if hash_bytes(data, "xxh3") != self._record["hash"]:
@@ -94,9 +97,10 @@ class Shard:
         return files
 
     def _file(self, name: str) -> VerifiedFile:
-        if name not in self._files:
-            raise UserError(f"{self._prefix.with_name(name)}: not in the shard's record; {_REMEDY}")
-        return VerifiedFile(self._prefix.with_name(name), self._files[name])
+        path, files = self._prefix.with_name(name), self._files()
+        if name not in files:
+            raise UserError(f"{path}: not in the shard's record; {_REMEDY}")
+        return VerifiedFile(path, files[name])
 
 
 class Split:
@@ -121,21 +125,20 @@ class Split:
 
     def row(self, index: int, row_length: int, extra: int = 0) -> NDArray[np.int32]:
         """int32 [row_length + extra]: a row and the targets past its end; `IGNORED` where there is no token."""
-        shard = int(np.searchsorted(self.ends(row_length), index, side="right")) - 1
-        out = np.full(row_length + extra, IGNORED, dtype=np.int32)
-        self.read_into(out, shard, index - int(self.ends(row_length)[shard]), row_length)
+        out: NDArray[np.int32] = np.empty(row_length + extra, dtype=np.int32)
+        self.read_into(out[None], *_found(self.ends(row_length), np.array([index])), row_length)
         return out
 
-    def read_into(self, out: NDArray[np.integer], shard: int, row: int, row_length: int) -> None:
-        """Write a row of a shard and its targets into `out` [row_length + extra], which is all `IGNORED`."""
-        begin, end = self.shards[shard].ends(row, row_length)
-        if end - begin == row_length:
-            end += len(out) - row_length
-        tokens = self.shards[shard].read(begin, end)
+    def read_into(self, out: NDArray[np.integer], shards: Ints, rows: Ints, row_length: int) -> None:
+        """Write rows [S] of shards [S], and their targets, into `out` [S, row_length + extra]."""
+        extra = out.shape[1] - row_length
+        for line, shard, row in zip(out, shards.tolist(), rows.tolist(), strict=True):
+            tokens = self.shards[shard].row(row, row_length, extra)
+            line[: len(tokens)] = tokens
+            line[len(tokens) :] = IGNORED
         # Targets past the end of a row belong to its last document, or are none.
-        while len(tokens) > row_length and self.eos in tokens[row_length - 1 : -1]:
-            tokens = tokens[:-1]
-        out[: len(tokens)] = tokens
+        ended = np.logical_or.accumulate(out[:, row_length - 1 : -1] == self.eos, axis=1)
+        out[:, row_length:][ended] = IGNORED
 
     def ends(self, row_length: int, source: str | None = None) -> Ints:
         """int64 [shards + 1]: rows before each shard; of one source alone, if one is named."""
@@ -227,10 +230,8 @@ class Batches:
 
         Elements that are no tokens are `IGNORED`.
         """
-        out = np.full((sequences, self._length + self._extra), IGNORED, dtype=np.int64)
-        shards, rows = self.places(first_position, sequences)
-        for row, shard, number in zip(out, shards.tolist(), rows.tolist(), strict=True):
-            self._split.read_into(row, shard, number, self._length)
+        out = np.empty((sequences, self._length + self._extra), dtype=np.int64)
+        self._split.read_into(out, *self.places(first_position, sequences), self._length)
         return torch.from_numpy(out)
 
     def cu_seqlens(self, batch: Tensor) -> list[Tensor]:

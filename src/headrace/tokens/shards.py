@@ -108,7 +108,10 @@ def recorded_files(out: Path, unit: Unit) -> dict[str, FileEntry]:
 
 
 def write_shard(prefix: Path, documents: Iterable[Encoded], row_lengths: Sequence[int]) -> dict[str, Any]:
-    """Pack documents into the files of one shard; what its record says of them, inputs apart."""
+    """Pack documents into the files of one shard; what its record says of them, inputs apart.
+
+    Raises `OSError` that names the file which reads back otherwise than it was written.
+    """
     facts: dict[str, Any] = dict(_NOTHING)
     rows, lengths = [0] * len(row_lengths), np.zeros(_LENGTHS, dtype=np.int64)
     packer = Packer(row_lengths, prefix.name)
@@ -129,7 +132,7 @@ def write_shard(prefix: Path, documents: Iterable[Encoded], row_lengths: Sequenc
         store(packer.rest())
     return {
         **facts,
-        "files": {path.name: describe(path) for path in shard_paths(prefix, row_lengths)},
+        "files": {path.name: _read_back(path, writer.hashes[path.name]) for path in shard_paths(prefix, row_lengths)},
         "rows": dict(zip(map(str, row_lengths), rows, strict=True)),
         "lengths": np.trim_zeros(lengths, "b").tolist(),
     }
@@ -197,6 +200,13 @@ def _batches(documents: Iterable[tuple[int, str]]) -> Iterator[tuple[list[int], 
             numbers, texts, size = [], [], 0
     if texts:
         yield numbers, texts
+
+
+def _read_back(path: Path, written: str) -> dict[str, Any]:
+    described = describe(path)
+    if described["hash"] != written:
+        raise OSError(f"{path}: reads back otherwise than it was written; check disk and memory, then tokenize again")
+    return described
 
 
 def _holds(path: Path, described: dict[str, Any], quick: bool) -> bool:

@@ -80,7 +80,7 @@ def build_tokenizer(
         special, sample = _special_tokens_beside(path), None
         write_atomic(target, path.read_bytes())
     ids = _ids(target)
-    _check(ids, special, config)
+    _check(target, ids, special, config)
     write_json(out / "tokenizer_config.json", _transformers_config(special))
     report = {
         "source": config.source,
@@ -117,16 +117,15 @@ def _fetched(address: str) -> Path:
 def special_id(folder: Path, role: str) -> int:
     """The id of `bos_token`, `eos_token` or `pad_token` of a tokenizer folder."""
     token = _content(read_json(folder / "tokenizer_config.json").get(role))
-    ids = _ids(folder / "tokenizer.json")
+    ids = _added(folder / "tokenizer.json")
     if token not in ids:
-        raise UserError(f"{folder / 'tokenizer_config.json'}: {role} {token!r} is not in tokenizer.json")
+        raise UserError(f"{folder / 'tokenizer_config.json'}: {role} {token!r} is no added token of tokenizer.json")
     return ids[token]
 
 
 def control_ids(folder: Path, tokens: Sequence[str], setting: str) -> list[int]:
     """The ids of control tokens of a tokenizer folder; `setting`, for the message, is what needs them."""
-    tree = read_json(folder / "tokenizer.json")
-    ids = {added["content"]: added["id"] for added in tree.get("added_tokens") or ()}
+    ids = _added(folder / "tokenizer.json")
     missing = [token for token in tokens if token not in ids]
     if missing:
         raise UserError(f"{setting}: {folder / 'tokenizer.json'} has no control token {missing[0]!r}; set it to 0")
@@ -147,6 +146,11 @@ def _ids(tokenizer_json: Path) -> dict[str, int]:
         raise UserError(f"{tokenizer_json}: not a tokenizer.json with a BPE vocabulary") from None
 
 
+def _added(tokenizer_json: Path) -> dict[str, int]:
+    """The ids of the added tokens: of all words, these alone are kept from text (see `engine`)."""
+    return {added["content"]: added["id"] for added in read_json(tokenizer_json).get("added_tokens") or ()}
+
+
 def _special_tokens_beside(path: Path) -> dict[str, str]:
     beside = path.with_name("tokenizer_config.json")
     settings = read_json(beside) if beside.exists() else {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
@@ -165,13 +169,15 @@ def _content(token: Any) -> str | None:
     return str(content) if content else None
 
 
-def _check(ids: dict[str, int], special: dict[str, str], config: TokenizerConfig) -> None:
+def _check(target: Path, ids: dict[str, int], special: dict[str, str], config: TokenizerConfig) -> None:
+    added, remedy = _added(target), "put a tokenizer_config.json that names another beside the file"
     for role in ("bos_token", "eos_token", "pad_token"):
-        if special.get(role) not in ids:
-            found = f"{special[role]!r}, which tokenizer.json lacks" if role in special else "not given"
-            raise UserError(
-                f"tokenizer.path: {role} is {found}; put a tokenizer_config.json that names it beside the file"
-            )
+        if special.get(role) not in added:
+            lacking = "which tokenizer.json lacks among its added_tokens: text could produce it"
+            found = f"{special[role]!r}, {lacking}" if role in special else "not given"
+            raise UserError(f"tokenizer.path: {role} is {found}; {remedy}")
+    if special["eos_token"] == read_json(target)["model"].get("unk_token"):
+        raise UserError(f"tokenizer.path: eos_token stands for all unknown text, too, as unk_token; {remedy}")
     if max(ids.values()) >= config.vocab_size:
         raise UserError(
             f"tokenizer.vocab_size={config.vocab_size} is less than the {max(ids.values()) + 1} ids of {config.path}; "

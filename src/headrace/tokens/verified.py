@@ -3,7 +3,7 @@
 A shard of 8 GiB takes seconds to hash, a dataset of 59 TB hours; a reader that starts in a second can do neither first.
 So a file is described by its size and the hash of every block of 1 MiB, and a block is hashed when a byte of it is
 first wanted: rows are read in random order, and each reads the block around it. Smaller blocks would read less, but a
-process that has seen all of 59 TB holds 8 bytes for each: 450 MB. The bytes hashed are the mapped ones that are then
+process that has seen all of 59 TB holds 9 bytes for each: 510 MB. The bytes hashed are the mapped ones that are then
 used. The hash of the whole file is kept beside them for the dataset's manifest, which needs it of every shard: whoever
 gathers the shards does not read them again.
 
