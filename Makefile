@@ -35,8 +35,8 @@ test-slow: setup
 # They are in few files: so only these are collected, and tests are shared out one by one.
 FAULTS = $(shell grep -rl --include='test_*.py' 'mark\.faults' tests)
 test-faults: setup
-	$(BIN)/pytest --numprocesses 2 -m "faults and not alone" $(FAULTS)
-	$(BIN)/pytest -m "faults and alone" $(FAULTS)
+	$(BIN)/pytest -rs --numprocesses 2 -m "faults and not alone" $(FAULTS)
+	$(BIN)/pytest -rs -m "faults and alone" $(FAULTS)
 
 .PHONY: test-scale
 test-scale: setup

@@ -1,7 +1,7 @@
 """Saving and loading a training state, beside torch.distributed.checkpoint and a plain copy: `make bench-checkpoint`.
 
 The state is a model's: FP32 weights and two BF16 moments, 8 bytes a parameter. In turns, each several times, and on the
-same disk: ours (as the trainer saves: copy, write, fsync, read back, verify, publish), torch.distributed.checkpoint
+same disk: ours (as the trainer saves: copy, write, read back, fsync, verify, publish), torch.distributed.checkpoint
 (DCP) synchronous and asynchronous with its default planner and its fsync, and the same bytes written and fsynced
 without anything else. Loading fills tensors that are there already, from the page cache and from the disk; ours
 verifies every byte, DCP and the plain read verify none. What that is worth is counted: single bits are flipped in small

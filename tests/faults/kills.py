@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import TypeVar
@@ -27,6 +27,7 @@ from typing import TypeVar
 import psutil
 
 from faults.product import Product, Stage, running, steps
+from headrace.config.compose import load
 from headrace.tracking.journal import read_lines
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class Kill:
     victim: str
     moment: str
     step: int  # the last one logged before
+    at: float  # seconds since 1970
     recovery: float | None = None
 
 
@@ -117,7 +119,7 @@ class Fight:
         if victim in ("stage", "all"):
             self._stage.process.kill()
             self._stage.process.wait()
-        self.kills.append(Kill(number, victim, moment, rows[-1][1]["step"] if rows else 0))
+        self.kills.append(Kill(number, victim, moment, rows[-1][1]["step"] if rows else 0, self._killed_at))
 
     def _trained(self) -> float | None:
         """When the first step was logged by ranks that were not there when the last kill came."""
@@ -148,8 +150,7 @@ class Fight:
             return
         if at is None:
             return
-        last = self.kills[-1]
-        self.kills[-1] = Kill(last.number, last.victim, last.moment, last.step, at - self._killed_at)
+        last = self.kills[-1] = replace(self.kills[-1], recovery=at - self._killed_at)
         until = self._killed_at + ORPHAN_SECONDS
         while orphans := [process for process in self._old.values() if process.is_running() and _alive(process)]:
             assert time.time() < until, f"{last}: {orphans} live on"
@@ -190,7 +191,18 @@ def fought(product: Product, undisturbed: Product, seed: int, numbers: range) ->
     fight.kill(numbers)
     check_nothing_is_left(product)
     assert fight.kills, "the run ended before anything happened to it"
+    lost, interval = lost_steps(product, fight.kills), load(product.words).checkpoint.interval
+    assert interval != "auto"
+    # A save that is cut down costs the interval before it, and what was trained while it was under way another at most:
+    # the next save waits for it.
+    assert max(lost) <= 2 * interval, list(zip(fight.kills, lost, strict=True))
     return fight
+
+
+def lost_steps(product: Product, kills: Iterable[Kill]) -> list[int]:
+    """By kill, steps that had been logged and were taken again."""
+    resumed = [(event["time"], event["step"]) for event in product.events("resumed")]
+    return [kill.step - next((step for at, step in resumed if at > kill.at), kill.step) for kill in kills]
 
 
 def interval_seconds(product: Product) -> float:

@@ -38,6 +38,7 @@ SETTINGS = (
     "model.num_attention_heads=1", "recipe.sequence_length=16", "recipe.batch_sequences=4",
     "recipe.batch_ramp=null", "recipe.extensions=[]", "tokens.row_lengths=[16,32]", "recipe.ema_decay=0.9",
     "train.validate_every=10", "train.validation_rows=2", "train.rollback_after=2", "launch.threads=1",
+    "train.loss_spike.policy=rollback", "train.loss_spike.window=4",
     "launch.device=cpu", "recipe.learning_rate.peak=2.2e-4", "recipe.optimizer.muon_learning_rate=1.5e-3",
     "recipe.learning_rate.final=2.2e-5", "recipe.learning_rate.tail=[]",
 )  # fmt: skip
@@ -281,6 +282,13 @@ def wait_for(ask: Callable[[], T | None], seconds: float, stage: Stage | None = 
 def steps(checkpoints: Path) -> set[int]:
     """The steps that are listed as checkpoints."""
     return {int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")}
+
+
+def spike(product: Product) -> tuple[int, str]:
+    """The step of the run's only loss spike, and the policy that it met."""
+    [found] = product.events("spike")
+    assert float(found["loss"]) > 3 * found["mean"]
+    return found["step"], found["policy"]
 
 
 def compared(ours: Path, theirs: Path) -> list[str]:

@@ -3,10 +3,11 @@
 import pytest
 
 from faults.conftest import Fresh
-from faults.kills import Kill, fought, percentile
+from faults.kills import VICTIMS, Kill, fought, percentile
 from faults.product import EXTENDED, STEP_TOKENS, Product
 
 KILLS = 25
+SEED = 607  # every victim at every moment, wherever a run ends and the next begins
 RECOVERY_SECONDS = 20.0
 
 
@@ -35,8 +36,10 @@ def test_25_kills_cost_no_bit_and_recoveries_are_quick(fresh: Fresh) -> None:
         # Every second run removes old checkpoints as it goes, so that kills come into that too.
         keep = 2 if len(kills) % 2 else 1000
         product = fresh(*longer, f"checkpoint.keep={keep}", "checkpoint.interval=2")
-        kills += fought(product, undisturbed, seed=25, numbers=range(len(kills), KILLS)).kills
+        kills += fought(product, undisturbed, seed=SEED, numbers=range(len(kills), KILLS)).kills
         assert product.differences(undisturbed) == [], kills
+    moments = ("training", "saving", "starting")
+    assert {(kill.victim, kill.moment) for kill in kills} == {(who, when) for who in VICTIMS for when in moments}
     recoveries = [kill.recovery for kill in kills if kill.recovery is not None]
     half, most = percentile(recoveries, 0.5), percentile(recoveries, 0.95)
     print(f"{len(kills)} kills, {len(recoveries)} recoveries: p50 {half:.1f} s, p95 {most:.1f} s")

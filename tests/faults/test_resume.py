@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from faults.conftest import STEPS, Fresh
-from faults.product import Product, steps
+from faults.product import Product, spike, steps
 
 in_more_cases = (pytest.mark.slow, pytest.mark.alone)
 
@@ -109,19 +109,24 @@ def test_in_fp8_with_experts_elsewhere_a_checkpoint_gives_the_same_next_loss(
     ],
 )
 def test_checkpoints_of_another_configuration_are_refused_with_the_difference(
-    setting: str, named: str, fresh: Fresh, undisturbed: Product
+    setting: str, named: str, fresh: Fresh, undisturbed: Product, tmp_path: Path
 ) -> None:
-    product = fresh(setting).taking_up(undisturbed, 20)
+    """Accepted, a run goes on as the new configuration says: with a spike, too."""
+    product = fresh(setting, "train.loss_spike.policy=go_on").taking_up(undisturbed, 20)
     stage = product.run()
     assert stage.code == 2, stage.said
     assert named in stage.said
+    assert "train.loss_spike.policy" in stage.said
     assert setting.partition("=")[2] in stage.said
     assert "checkpoint.accept_other" in stage.said
     assert steps(product.checkpoints) == {20}
     if named == "recipe.learning_rate.peak":
-        accepted = product.but("checkpoint.accept_other=true").run()
+        accepted = product.but("checkpoint.accept_other=true")
+        accepted = accepted.with_fault("spike", rank=1, step=22, once=str(tmp_path / "spike")).run()
         assert accepted.code == 0, accepted.said
         assert product.events("resumed")[-1]["step"] == 20
+        assert spike(product) == (22, "go_on")
+        assert product.events("skipped") == product.events("rollback") == []
 
 
 @pytest.mark.faults

@@ -1,13 +1,14 @@
 """Saving: every rank writes what it owns while training goes on; then one rename makes it a checkpoint.
 
     Writer.begin   on every rank: copies its pieces into memory that is kept for the next save, which is all that
-                   training waits for; a thread hashes, writes, fsyncs, reads back and verifies
+                   training waits for; a thread writes, and hashes, reads back and compares beside the fsync
     publish        on the first rank, once all ranks have written: the table of slices, the state, the manifest, rename
     abandon        on the first rank instead, where one has failed: its files go, older checkpoints are as they were
 
 Files are written into a staging folder `.unfinished-<step>-<token>`. The token is drawn anew for each save, so what a
 killed attempt left behind never gets into another one. A crash at any point leaves the checkpoints that were there,
-or these and the new one. EIO and EROFS are tried again (`artifacts.retry`), a full disk fails at once.
+or these and the new one. What is read back comes from the page cache: what the disk itself makes of it is found when
+the checkpoint is read. EIO and EROFS are tried again (`artifacts.retry`), a full disk fails at once.
 """
 
 import errno
@@ -210,7 +211,7 @@ def _allocate(size: int, pinned: bool) -> Tensor:
 
 
 def write_planned(path: Path, plan: FilePlan, data: memoryview) -> dict[str, Any]:
-    """Write a file and verify what can be read back; what `publish` has to know of it."""
+    """Write a file and verify what the page cache holds of it; what `publish` has to know of it."""
     with ThreadPoolExecutor(1) as beside:
         said = beside.submit(plan.described, path.name, data)
         found = retried(lambda: write_verified(path, data, beside), str(path))
@@ -218,7 +219,10 @@ def write_planned(path: Path, plan: FilePlan, data: memoryview) -> dict[str, Any
 
 
 def write_verified(path: Path, data: memoryview, beside: Executor) -> str:
-    """Write and fsync a file; its hash, which what is read back has too. Hashes are taken `beside` the waiting."""
+    """Write and fsync a file; its hash, which what is read back has too. Hashes are taken `beside` the waiting.
+
+    So it is read from the page cache, and perhaps before it is on the disk.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         write_all(descriptor, data)

@@ -203,27 +203,68 @@ def not_a_number(details: Details) -> None:
     After("headrace.pipeline.engine", lambda module: wrap(module.Engine, "step", step))
 
 
-TENSORS: dict[str, Any] = {}
+def spike(details: Details) -> None:
+    """The loss of one rank's microbatches is ten times what it is, in one step, before ranks add up theirs."""
+
+    def losses(old: Callable[..., Any], self: Any, results: Any) -> Any:
+        if now(details):
+            results.losses["main"] *= 10
+        return old(self, results)
+
+    After("headrace.pipeline.engine", lambda module: wrap(module.Engine, "_losses", losses))
+
+
+PIECES: dict[str, Any] = {}
 
 
 def flip(details: Details) -> None:
-    """One bit of one weight, or one moment, on one rank changes behind everybody's back, between two steps."""
+    """One bit on one rank changes behind everybody's back; "at" is the step of each, by what it is a bit of:
+
+    a weight, a copy of one that another rank owns, or a moment, before the step; a copy that has just arrived; within
+    a computation the output of experts, or a weight's gradient. The file "once.<what>" then says where it was.
+    """
+
+    def strike(what: str, where: str, tensor: Any) -> None:
+        if what in details["at"] and now(details, details["at"][what], f".{what}"):
+            import torch
+
+            tensor.data.view(-1).view(torch.int16)[5] ^= 1 << 6
+            Path(f"{details['once']}.{what}").write_text(where)
+
+    def copy_of(reduction: Any) -> Any:
+        owned = {piece.name for piece in reduction.pieces}
+        return next(piece for group in reduction.replicas for piece in group if piece.name not in owned)
 
     def step(old: Callable[..., Any], self: Any, *given: Any, **named: Any) -> Any:
-        for what, step in details["at"].items():
-            if now(details, step, f".{what}"):
-                import torch
-
-                with torch.no_grad():
-                    TENSORS[what].data.view(-1).view(torch.int16)[5] ^= 1 << 6
+        for what, piece in {**PIECES, "copy": copy_of(self.reduction)}.items():
+            strike(what, piece.name, piece.tensor)
         return old(self, *given, **named)
 
     def made(old: Callable[..., Any], self: Any, pieces: list[Any], *given: Any, **named: Any) -> None:
         old(self, pieces, *given, **named)
-        TENSORS.update(weight=pieces[0].tensor, moment=self.moments()[0].tensor)
+        PIECES.update(weight=pieces[0], moment=self.moments()[0])
+
+    def share(old: Callable[..., Any], self: Any) -> None:
+        old(self)
+        piece = copy_of(self)
+        strike("arrived", piece.name, piece.tensor)
+
+    def experts(old: Callable[..., Any], self: Any, *given: Any) -> Any:
+        rows = old(self, *given)
+        strike("activation", "experts", rows)
+        return rows
+
+    def gradients(old: Callable[..., Any], self: Any, action: Any) -> Any:
+        found = old(self, action)
+        if found:
+            strike("gradient", str(action), found[0])
+        return found
 
     After("headrace.pipeline.engine", lambda module: wrap(module.Engine, "step", step))
     After("headrace.training.optimizer", lambda module: wrap(module.Optimizer, "__init__", made))
+    After("headrace.parallel.reduction", lambda module: wrap(module.GradientReduction, "share", share))
+    After("headrace.model.experts", lambda module: wrap(module.Experts, "forward", experts))
+    After("headrace.pipeline.execute", lambda module: wrap(module._Execution, "_weight_gradients", gradients))
 
 
 def slow(details: Details) -> None:
@@ -304,7 +345,8 @@ def rows(details: Details) -> None:
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        reset, partition, crash, kill, shape, hang, memory, not_a_number, flip, slow, late, clock, sync_error, rows,
+        reset, partition, crash, kill, shape, hang, memory, not_a_number, spike, flip, slow, late, clock, sync_error,
+        rows,
     )
 }  # fmt: skip
 
