@@ -19,6 +19,7 @@ from conversion_models import (
     tiny_model,
     tokenizer_folder,
 )
+from headrace.conversion import check
 from headrace.conversion.check import expected_values, verify_export
 from headrace.conversion.export import export
 from headrace.conversion.import_hub import import_
@@ -63,6 +64,15 @@ def one_weight(hub):
 
     alter(hub, "model.layers.1.mlp.experts.4.down_proj.weight", nudge)
     return r"experts.4.down_proj.weight differs from the checkpoint in 1 of \d+ elements, first at flat index 67 "
+
+
+def ends_of_the_embedding(hub):
+    def nudge(tensor):
+        tensor[[0, -1]] += 1
+        return tensor
+
+    alter(hub, "model.embed_tokens.weight", nudge)
+    return r"model.embed_tokens.weight differs from the checkpoint in 128 of \d+ elements, first at flat index 0 "
 
 
 def sign_of_zero(hub):
@@ -168,6 +178,7 @@ def other_scaling(hub):
 
 DAMAGES = [
     one_weight,
+    ends_of_the_embedding,
     sign_of_zero,
     rounded_bias,
     bias_dtype,
@@ -188,7 +199,9 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_and_named(damage, made, tmp_path):
+@pytest.mark.parametrize("band", [check._BAND, 1], ids=["whole", "bands"])
+def test_damage_is_found_and_named(damage, band, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "_BAND", band)
     hub = shutil.copytree(made / "hub", tmp_path / "hub")
     verify_export(hub, made / "model.safetensors", tiny_model())
     message = damage(hub)
@@ -255,6 +268,15 @@ def one_code(hub):
 
     alter(hub, WEIGHT, nudge)
     return rf"{WEIGHT} differs from the checkpoint in 1 of 32768 elements, first at flat index 259 "
+
+
+def codes_far_apart(hub):
+    def nudge(tensor):
+        tensor.view(torch.uint8)[[130, 255], [3, 127]] ^= 1
+        return tensor
+
+    alter(hub, WEIGHT, nudge)
+    return rf"{WEIGHT} differs from the checkpoint in 2 of 32768 elements, first at flat index {130 * 128 + 3} "
 
 
 def one_scale(hub):
@@ -359,6 +381,7 @@ def edit_list(hub, change):
 
 FP8_DAMAGES = [
     one_code,
+    codes_far_apart,
     one_scale,
     swapped_fp8_experts,
     lost_scale,
@@ -377,7 +400,9 @@ FP8_DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", FP8_DAMAGES)
-def test_damage_to_fp8_is_found_and_named(damage, made_fp8, tmp_path):
+@pytest.mark.parametrize("band", [check._BAND, 1], ids=["whole", "bands"])
+def test_damage_to_fp8_is_found_and_named(damage, band, made_fp8, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "_BAND", band)
     hub, config = shutil.copytree(made_fp8 / "hub", tmp_path / "hub"), tiny_model(**LIKE_V3)
     verify_export(hub, made_fp8 / "model.safetensors", config)
     message = damage(hub)

@@ -37,8 +37,12 @@ def test_slices_and_a_file_give_the_numbers_that_were_written(made):
             name: tuple(tensor.shape) for name, tensor in written.items()
         }
         assert all(torch.equal(original.read(name), factor * tensor) for name, tensor in written.items())
+        for name in ("lm_head.weight", "model.norm.weight"):  # past the end there are no rows
+            for rows in (slice(128, 200), slice(256, 384)):
+                assert torch.equal(original.read(name, rows=rows), factor * written[name][rows])
         for expert in range(8):
             assert torch.equal(original.read(EXPERTS, expert), factor * written[EXPERTS][expert])
+            assert torch.equal(original.read(EXPERTS, expert, slice(0, 9)), factor * written[EXPERTS][expert, :9])
 
 
 @pytest.mark.parametrize("path", ["model.safetensors", "checkpoint"])

@@ -24,23 +24,40 @@ FILES, PUBLISHED_BYTES = 163, 688_574_839_360
 SAMPLE = """
 import json, resource, sys
 from pathlib import Path
+from headrace.artifacts.files import read_json, write_json
 from headrace.artifacts.tensors import read_header
+from headrace.conversion.check import verify_export
+from headrace.conversion.hub_config import CONFIG, converted_config
 from headrace.conversion.hub_folder import open_hub_folder
 from headrace.conversion.shards import INDEX, plan_folder, write_index, write_shard
+from headrace.errors import UserError
 
 source, out = map(Path, sys.argv[1:])
+
+def check(file):
+    # As if there were nothing but this file: it is compared before the check asks what else there must be.
+    write_json(out / INDEX, {**index, "weight_map": dict.fromkeys(plan.shards[file], file)})
+    write_json(out / CONFIG, converted_config(source, "bf16", plan.quantization))
+    try:
+        verify_export(out, source, folder.config)
+    except UserError as error:
+        return str(error)
+
 folder = open_hub_folder(source, released=True)
+folder.check_copies()
 plan = plan_folder(folder.tensors, "bf16", "deepseek", 2_000_000_000)
 write_index(plan, out)
-files, sizes = list(plan.shards), {}
+index = read_json(out / INDEX)
+files, sizes, said = list(plan.shards), {}, []
 for file in (files[0], files[len(files) // 2], files[-1]):
     write_shard(plan, file, folder, out)
     sizes[file] = sum(info.bytes for info in read_header(out / file).values())
+    if file == files[0]:
+        said.append(check(file))
     (out / file).unlink()
-index = json.loads((out / INDEX).read_text())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"peak": peak, "shards": len(files), "sizes": sizes, "total": index["metadata"]["total_size"],
-                  "names": len(index["weight_map"])}))
+                  "names": len(index["weight_map"]), "said": said}))
 """
 
 
@@ -95,6 +112,10 @@ def test_the_published_model_is_planned_and_sampled_in_little_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["peak"] < 6 * 2**30
+    assert found["peak"] < 2 * 2 * 129280 * 7168  # nowhere are two tensors like the embedding in memory
+    assert found["peak"] < 2 * 2 * 129280 * 7168  # nowhere are two tensors like the embedding in memory
+    # Of the embedding's file nothing is said, so nothing in it differs.
+    assert found["said"] == [f"{out}: tensor model.layers.61.embed_tokens.weight is missing; export again"]
     assert found["names"] == len(tensors)
     assert found["total"] == sum(prod(t.shape) * (4 if keeps_fp32(t.name) else 2) for t in tensors)
     assert found["total"] / 1e12 == pytest.approx(1.37, abs=0.005)  # reference, section 10

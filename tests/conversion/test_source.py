@@ -14,6 +14,7 @@ from loopback_hub import LoopbackHub
 from loopback_repository import Blob, Repository
 
 REPO = "someone/small"
+COPIED = ("chat_template.jinja", "LICENSE", "LICENSE-MODEL", "LICENSE.txt", "NOTICE")
 
 
 @pytest.fixture(name="model", scope="module")
@@ -35,6 +36,7 @@ def _hub(model, monkeypatch):
         repository = server.repositories[REPO] = Repository(private=True)
         files = {path.name: Blob(path.read_bytes(), path.suffix == ".safetensors") for path in model.iterdir()}
         files |= {name: Blob(b"raise SystemExit('run')", False) for name in ("modeling_deepseek.py", "README.md")}
+        files |= {name: Blob(name.encode(), False) for name in COPIED}
         server.objects |= {blob.sha256: blob.data for blob in files.values() if blob.lfs}
         repository.commit(files, "release")
         repository.tags["v1"] = repository.head
@@ -46,11 +48,13 @@ def test_a_repository_is_fetched_at_one_commit_and_converted(hub, model, tmp_pat
     source = locate(f"{REPO}@v1", hub.url, tmp_path / "cache")
     assert source.identity == {"repository": REPO, "commit": head}
     assert {path.name: path.read_bytes() for path in source.folder.iterdir()} == {
-        path.name: path.read_bytes() for path in model.iterdir()
+        **{path.name: path.read_bytes() for path in model.iterdir()},
+        **{name: name.encode() for name in COPIED},
     }
     assert not any("modeling" in line or "README" in line for line in hub.requests)
     config, _ = convert_folder(source.folder, tmp_path / "out", "bf16", 400_000)
     verify_export(tmp_path / "out", source.folder, config)
+    assert all((tmp_path / "out" / name).read_text() == name for name in COPIED)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 

@@ -1,7 +1,8 @@
 """Hand-made attacks on whoever takes or passes on a model's folder: refused with exit 2 and one line, nothing written.
 
-Each goes through the doors that could let it through: `headrace import`, the gate for incoming folders that it
-asks, the gate of publish. An attack that a door lets pass because it never looks there is not listed for that door.
+Each goes through the doors that could let it through: `headrace import`, `convert source=`, the gate for incoming
+folders that both ask, the gate of publish. An attack that a door lets pass because it never looks there is not listed
+for that door.
 """
 
 import io
@@ -160,9 +161,11 @@ def smuggled_tensor(hub: Path) -> None:
 
 IMPORT, CONVERT, INCOMING, GATE, TREE = "import", "convert", "incoming", "gate", "tree"
 ALL = (IMPORT, CONVERT, INCOMING, GATE)
-READ = (IMPORT, GATE)  # the gate for incoming folders leaves the keys of config.json to their closed list
-OPENED = (IMPORT, INCOMING)  # what the gate of publish has made itself
-CARD = (IMPORT, INCOMING, TREE)  # publish writes a card of its own, so the gate is asked about the tree as it is
+FOREIGN = (IMPORT, CONVERT)  # both gates leave to the index what it says
+READ = (IMPORT, CONVERT, GATE)  # the gate for incoming folders leaves the keys of config.json to their closed list
+OPENED = (IMPORT, CONVERT, INCOMING)  # what the gate of publish has made itself
+# Publish writes a card of its own, so the gate is asked about the tree as it is.
+CARD = (IMPORT, CONVERT, INCOMING, TREE)
 
 
 def yaml_bomb() -> str:
@@ -207,9 +210,9 @@ ATTACKS = [
     Attack("dtype_unknown", header({"a": tensor(dtype="PICKLE")}, bytes(8)), ALL),
     Attack("zip_behind_the_tensors", polyglot, ALL),
     # the index
-    Attack("index_climbs_out", misdirect("../../outside.safetensors"), (IMPORT,), "plain file name"),
-    Attack("index_names_an_absolute_path", misdirect("/etc/model.safetensors"), (IMPORT,), "plain file name"),
-    Attack("index_names_an_address", misdirect("http://host/a.safetensors"), (IMPORT,), "plain file name"),
+    Attack("index_climbs_out", misdirect("../../outside.safetensors"), FOREIGN, "plain file name"),
+    Attack("index_names_an_absolute_path", misdirect("/etc/model.safetensors"), FOREIGN, "plain file name"),
+    Attack("index_names_an_address", misdirect("http://host/a.safetensors"), FOREIGN, "plain file name"),
     Attack("index_with_a_key_twice", twice(INDEX, '"weight_map": {}'), ALL, "duplicate key"),
     # config.json
     Attack("config_asks_for_code", edit("config.json", auto_map={"AutoModel": "evil--a.M"}), READ, "auto_map"),
@@ -252,7 +255,7 @@ ATTACKS = [
     Attack("code_beside_the_model", write("modeling_evil.py", "print()"), ALL, "code"),
     Attack("code_in_a_folder", write("sub/evil.py", "print()"), ALL),
     Attack("library", write("fast.so", b"\x7fELF"), ALL, "code"),
-    Attack("stray_shard", write("other.safetensors", b""), (IMPORT, INCOMING, GATE)),
+    Attack("stray_shard", write("other.safetensors", b""), ALL),
     Attack("name_of_no_model", write("payload.dat", b""), ALL),
     Attack("environment", write(".env", "A=b"), ALL),
     Attack("settings_below", write("sub/config.json", "{}"), ALL),

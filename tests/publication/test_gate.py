@@ -34,6 +34,9 @@ def refused(tree, *parts):
 
 def test_a_clean_tree_passes_and_is_listed(tree):
     assert inspect(tree) == sorted(path.name for path in tree.iterdir())
+    for name in ("chat_template.jinja", "LICENSE", "LICENSE-MODEL", "LICENSE.txt", "NOTICE"):
+        (tree / name).write_text("text")
+    assert inspect(tree) == sorted(path.name for path in tree.iterdir())
     (tree / ".eval_results").mkdir()
     (tree / ".eval_results" / "a.yaml").write_text("- dataset: {id: me/data, task_id: a}\n  value: 1\n")
     assert inspect(tree)[0] == ".eval_results/a.yaml"
@@ -56,6 +59,8 @@ def test_a_clean_tree_passes_and_is_listed(tree):
         "model-1-of-2.safetensors",
         "config.json\n",
         "README.MD",
+        "LICENSE.py",
+        "other.jinja",
     ],
 )
 def test_names_off_the_list_are_refused(tree, name):

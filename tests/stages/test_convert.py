@@ -192,7 +192,11 @@ def test_a_folder_is_converted_without_a_run(
     back = (f"source={run / 'artifact'}", f"paths.results={tmp_path}", "convert.dtype=fp8")
     code, said = of_source(capsys, *back)
     assert code == 0 and "in FP8, verified" in said
-    assert len(list((tmp_path / "convert").iterdir())) == 2
+    runs = set((tmp_path / "convert").iterdir())
+    assert len(runs) == 2
+    (fp8,) = runs - {run}
+    code, said = of_source(capsys, f"source={fp8 / 'artifact'}", *back[1:])
+    assert code == 2 and "is FP8 already" in said and set((tmp_path / "convert").iterdir()) == runs
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,7 @@ def test_a_source_that_cannot_be_converted_is_refused_in_one_line(
     words = [word.format(tmp_path / "empty") for word in words]
     code, said = of_source(capsys, *words, f"paths.results={tmp_path / 'results'}")
     assert code == 2 and message in said and said.count("\n") == 0
-    assert not list(tmp_path.glob("results/convert/*/artifact"))
+    assert not (tmp_path / "results").exists()
 
 
 class Ran:

@@ -4,13 +4,15 @@ This is a second reading, not a replay of the first: it opens the files with saf
 slices by itself (`original.py`), takes tensor names from what is in the folder, and rounds to BF16 and FP8 with integer
 arithmetic of its own (`fp8_blocks.py`). So a fault in `names.py`, `fp8_layout.py`, `export.py`, `hub_folder.py`,
 `shards.py`, `streaming.py`, `headrace.fp8` or `headrace.checkpoint` cannot hide itself here. It costs one reading of
-both; memory is one tensor in FP32 beside the mapped file.
+both; memory is one tensor as the folder has it, and a band of rows of its original in FP32.
 `expected_values` is the same knowledge for whoever runs the model.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,14 @@ from headrace.artifacts.files import read_json
 from headrace.config.schema import ModelConfig
 from headrace.conversion import fp8_blocks
 from headrace.conversion.hub_config import read_hub_config
-from headrace.conversion.original import Original, open_original, open_safetensors
+from headrace.conversion.original import open_original, open_safetensors
 from headrace.errors import UserError
 from headrace.model.initialisation import standard_deviation
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj\.weight)")
-_CHUNK = 1 << 22  # elements
+_BAND = 1 << 24  # elements
+_BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 _BIAS, _SCALES = "e_score_correction_bias", "_scale_inv"
 _PROJECTION = re.compile(
     r".+\.(?:self_attn|mlp|mlp\.shared_experts|mlp\.experts(?:\.\d+)?)\.[a-z_]+_proj(?:_with_mqa)?\.weight"
@@ -68,23 +71,22 @@ def verify_export(hub_folder: Path, checkpoint: Path, config: ModelConfig, kind:
     size, elements = 0, 0
     seen: set[str] = set()
     source = open_original(checkpoint, kind)
+    shapes = source.shapes()
     for file in _shards(hub_folder, mapped):
-        with open_safetensors(file) as shard:
-            names = _checked_names(file, shard, mapped)
-            for name in names:
-                found = shard.get_tensor(name)
-                seen.add(name)
-                size += found.nbytes
-                if name.endswith(_SCALES):
-                    _check_scales_belong(file, name, names, promised)
-                    continue
-                _check_kind(file, name, found, original := _original(file, name, source, config), promised)
-                if found.dtype == torch.float8_e4m3fn:
-                    _compare_fp8(file, name, found, _scales(file, name, shard, names), original)
-                else:
-                    _compare(file, name, found, original)
-                elements += found.numel()
-    _check_complete(hub_folder, source, config, seen)
+        names = _checked_names(file, mapped)
+        for name in names:
+            found = _stored(file, name)
+            seen.add(name)
+            size += found.nbytes
+            if name.endswith(_SCALES):
+                _check_scales_belong(file, name, names, promised)
+                continue
+            original = _original(name, config)
+            _check_kind(file, name, found, _shape(shapes, *original), promised)
+            scales = _scales(file, name, found, names) if found.dtype == torch.float8_e4m3fn else None
+            _compare(file, name, found, scales, partial(source.read, *original))
+            elements += found.numel()
+    _check_complete(hub_folder, shapes, config, seen)
     if total_size != size:
         raise UserError(f"{hub_folder}: the index says total_size {total_size}, it is {size}; export again")
     return elements
@@ -153,15 +155,23 @@ def _shards(hub_folder: Path, mapped: dict[str, str]) -> list[Path]:
     return [hub_folder / name for name in sorted(listed)]
 
 
-def _checked_names(file: Path, shard: Any, mapped: dict[str, str]) -> list[str]:
+def _checked_names(file: Path, mapped: dict[str, str]) -> list[str]:
     """Names in a shard, which must be those that the index puts there."""
-    if (shard.metadata() or {}).get("format") != "pt":
+    with open_safetensors(file) as shard:
+        metadata, names = shard.metadata() or {}, list[str](shard.keys())
+    if metadata.get("format") != "pt":
         raise UserError(f"{file}: its metadata lacks format=pt, transformers would refuse it; export again")
     listed = {name for name, where in mapped.items() if where == file.name}
-    names: list[str] = list(shard.keys())
     for name in sorted(listed.symmetric_difference(names)):
         raise UserError(f"{file}: tensor {name} is {'missing' if name in listed else 'not in the index'}; export again")
     return names
+
+
+def _stored(file: Path, name: str) -> Tensor:
+    # Opened anew: a file that stays mapped keeps in memory whatever was read of it.
+    with open_safetensors(file) as shard:
+        tensor: Tensor = shard.get_tensor(name)
+    return tensor
 
 
 def _copies(config: ModelConfig) -> dict[str, str]:
@@ -175,20 +185,26 @@ def _copies(config: ModelConfig) -> dict[str, str]:
     }
 
 
-def _original(file: Path, name: str, source: Original, config: ModelConfig) -> Tensor:
-    """What the checkpoint holds for a tensor of the Hub layout."""
-    expert = _EXPERT.fullmatch(name)
-    try:
-        if expert:
-            return source.read(f"{expert[1]}.{expert[3]}", int(expert[2]))
-        return source.read(_copies(config).get(name, name))
-    except KeyError:
-        raise UserError(f"{file}: tensor {name} has no original in the checkpoint; export again") from None
+def _original(name: str, config: ModelConfig) -> tuple[str, int | None]:
+    """Which of the checkpoint's tensors, and which expert's part of it, is a tensor of the Hub layout."""
+    if expert := _EXPERT.fullmatch(name):
+        return f"{expert[1]}.{expert[3]}", int(expert[2])
+    return _copies(config).get(name, name), None
 
 
-def _check_kind(file: Path, name: str, found: Tensor, original: Tensor, promised: _Format) -> None:
-    if found.shape != original.shape:
-        raise UserError(f"{file}: tensor {name} has shape {list(found.shape)}, the checkpoint {list(original.shape)}")
+def _shape(shapes: dict[str, list[int]], name: str, expert: int | None) -> list[int] | None:
+    """The shape that the checkpoint has for it, None where it has nothing."""
+    shape = shapes.get(name)
+    if shape is None or expert is None:
+        return shape
+    return shape[1:] if expert < shape[0] else None
+
+
+def _check_kind(file: Path, name: str, found: Tensor, shape: list[int] | None, promised: _Format) -> None:
+    if shape is None:
+        raise UserError(f"{file}: tensor {name} has no original in the checkpoint; export again")
+    if list(found.shape) != shape:
+        raise UserError(f"{file}: tensor {name} has shape {list(found.shape)}, the checkpoint {shape}")
     needed = promised.of(name)
     if found.dtype != needed:
         raise UserError(f"{file}: tensor {name} is {found.dtype}, it must be {needed}; export again")
@@ -200,48 +216,66 @@ def _check_scales_belong(file: Path, name: str, names: list[str], promised: _For
         raise UserError(f"{file}: tensor {name} belongs to no FP8 weight of this file; export again")
 
 
-def _scales(file: Path, name: str, shard: Any, names: list[str]) -> Tensor:
+def _scales(file: Path, name: str, weight: Tensor, names: list[str]) -> Tensor:
     """The scales of an FP8 weight, which must lie in the same file."""
     if name + _SCALES not in names:
         raise UserError(f"{file}: tensor {name + _SCALES} is missing; export again")
-    scales: Tensor = shard.get_tensor(name + _SCALES)
+    scales = _stored(file, name + _SCALES)
     if scales.dtype != torch.float32:
         raise UserError(f"{file}: tensor {name + _SCALES} is {scales.dtype}, it must be torch.float32; export again")
+    needed = [-(-size // fp8_blocks.BLOCK) for size in weight.shape]
+    if list(scales.shape) != needed:
+        raise UserError(
+            f"{file}: tensor {name + _SCALES} has shape {list(scales.shape)}, it needs {needed}; export again"
+        )
     return scales
 
 
-def _compare(file: Path, name: str, found: Tensor, original: Tensor) -> None:
-    rounded = found.dtype == torch.bfloat16
-    got, numbers, different = found.flatten(), original.flatten(), []
-    for at in range(0, got.numel(), _CHUNK):
-        wanted = numbers[at : at + _CHUNK].numpy().view(np.uint32)
-        bits = got[at : at + _CHUNK].view(torch.uint16 if rounded else torch.uint32).numpy()
-        different.append(np.flatnonzero(bits != (_round_to_bfloat16(wanted) if rounded else wanted)) + at)
-    _refuse_difference(file, name, np.concatenate(different), found, original)
+def _compare(file: Path, name: str, found: Tensor, scales: Tensor | None, read: Callable[..., Tensor]) -> None:
+    """Every element, and of an FP8 weight every scale, with the original, some of whose rows `read` gives."""
+    width = prod(found.shape[1:])
+    height = max(_BAND // width // fp8_blocks.BLOCK, 1) * fp8_blocks.BLOCK
+    elements, grid = _Differences(), _Differences()
+    for row in range(0, len(found), height):
+        wanted = read(rows=slice(row, row + height))
+        if scales is not None:
+            codes, wanted_scales = fp8_blocks.quantise(wanted.numpy())
+            block = row // fp8_blocks.BLOCK
+            band = scales[block : block + len(wanted_scales)]
+            grid.add(block * scales.shape[1], band, torch.from_numpy(wanted_scales))
+            wanted = torch.from_numpy(codes).view(torch.float8_e4m3fn)
+        elif found.dtype == torch.bfloat16:
+            wanted = torch.from_numpy(_round_to_bfloat16(wanted.numpy().view(np.uint32))).view(torch.bfloat16)
+        elements.add(row * width, found[row : row + height], wanted)
+    if scales is not None:
+        grid.refuse(file, name + _SCALES, scales)
+    elements.refuse(file, name, found)
 
 
-def _compare_fp8(file: Path, name: str, found: Tensor, scales: Tensor, original: Tensor) -> None:
-    codes, wanted_scales = fp8_blocks.quantise(original.numpy())
-    if scales.shape != wanted_scales.shape:
-        shape = list(wanted_scales.shape)
-        raise UserError(
-            f"{file}: tensor {name + _SCALES} has shape {list(scales.shape)}, it needs {shape}; export again"
-        )
-    different = np.flatnonzero(scales.numpy().view(np.uint32) != wanted_scales.view(np.uint32))
-    _refuse_difference(file, name + _SCALES, different, scales, torch.from_numpy(wanted_scales))
-    different = np.flatnonzero(found.view(torch.uint8).numpy() != codes)
-    _refuse_difference(file, name, different, found, torch.from_numpy(codes).view(torch.float8_e4m3fn))
+@dataclass
+class _Differences:
+    """Elements of one tensor that are not as they must be: their number, and what is said of the first."""
 
+    count: int = 0
+    first: str = ""
 
-def _refuse_difference(file: Path, name: str, different: NDArray[Any], found: Tensor, original: Tensor) -> None:
-    """different: flat indices of elements that are not as they must be."""
-    if different.size:
-        at = int(different[0])
-        got, wanted = (tensor.flatten()[at].float().item() for tensor in (found, original))
-        raise UserError(
-            f"{file}: tensor {name} differs from the checkpoint in {different.size} of {found.numel()} elements, "
-            f"first at flat index {at} ({got:.9g} for {wanted:.9g}); export again"
-        )
+    def add(self, begin: int, found: Tensor, wanted: Tensor) -> None:
+        """Compare bits: two parts of one dtype, whose first element has the flat index `begin`."""
+        bits, wanted_bits = (part.reshape(-1).view(_BITS[part.itemsize]).numpy() for part in (found, wanted))
+        different = np.flatnonzero(bits != wanted_bits)
+        if different.size and not self.count:
+            at = int(different[0])
+            got, must = (part.reshape(-1)[at].float().item() for part in (found, wanted))
+            self.first = f"first at flat index {begin + at} ({got:.9g} for {must:.9g})"
+        self.count += different.size
+
+    def refuse(self, file: Path, name: str, found: Tensor) -> None:
+        """Raise `UserError` if there are any."""
+        if self.count:
+            raise UserError(
+                f"{file}: tensor {name} differs from the checkpoint in {self.count} of {found.numel()} elements, "
+                f"{self.first}; export again"
+            )
 
 
 def _round_to_bfloat16(bits: NDArray[np.uint32]) -> NDArray[Any]:
@@ -250,9 +284,9 @@ def _round_to_bfloat16(bits: NDArray[np.uint32]) -> NDArray[Any]:
     return ((bits + carry) >> np.uint32(16)).astype(np.uint16)
 
 
-def _check_complete(hub_folder: Path, source: Original, config: ModelConfig, seen: set[str]) -> None:
+def _check_complete(hub_folder: Path, shapes: dict[str, list[int]], config: ModelConfig, seen: set[str]) -> None:
     needed = list(_copies(config))
-    for name, shape in source.shapes().items():
+    for name, shape in shapes.items():
         prefix, stacked, projection = name.partition(".mlp.experts.")
         if stacked:
             needed += [f"{prefix}.mlp.experts.{expert}.{projection}" for expert in range(shape[0])]

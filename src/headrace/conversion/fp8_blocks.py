@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 128
+BLOCK = 128
 _MAX = np.float32(448)
 _LEAST_AMAX = np.float32(448 * 2.0**-126)  # keeps scales normal numbers
 _LEAST_NORMAL = np.float32(2.0**-6)
@@ -22,7 +22,7 @@ def quantise(matrix: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np
     codes, scales = [], []
     for band in _bands(matrix):
         columns = np.abs(band).max(axis=0)
-        largest = np.maximum.reduceat(columns, np.arange(0, len(columns), _BLOCK))
+        largest = np.maximum.reduceat(columns, np.arange(0, len(columns), BLOCK))
         amax: NDArray[np.float32] = np.maximum(largest, _LEAST_AMAX)
         scales.append(np.divide(amax, _MAX, dtype=np.float32))
         codes.append(encode(band * _spread(np.divide(_MAX, amax, dtype=np.float32), band)))
@@ -65,8 +65,8 @@ _TABLE = _decode_all()
 
 
 def _bands(matrix: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    return (matrix[row : row + _BLOCK] for row in range(0, len(matrix), _BLOCK))
+    return (matrix[row : row + BLOCK] for row in range(0, len(matrix), BLOCK))
 
 
 def _spread(of_blocks: NDArray[np.float32], band: NDArray[Any]) -> NDArray[np.float32]:
-    return np.repeat(of_blocks, _BLOCK)[: band.shape[1]]
+    return np.repeat(of_blocks, BLOCK)[: band.shape[1]]

@@ -1,8 +1,9 @@
 """What was converted, read a second time for `check.py`: by safetensors itself, or from where a table points.
 
-A plain safetensors file, a checkpoint's slices, or another Hub folder, whose FP8 is dequantised by `fp8_blocks.py`. It
-shares nothing with `headrace.checkpoint` and `hub_folder.py`, through which the conversion read: a fault there would
-otherwise be in the result and in its check alike. Hashes are looked at there and not here.
+A plain safetensors file, a checkpoint's slices, or another Hub folder, whose FP8 is dequantised by `fp8_blocks.py`.
+Files are opened anew for each reading: one that stays mapped keeps in memory whatever was read of it. Nothing here is
+shared with `headrace.checkpoint` and `hub_folder.py`, through which the conversion read: a fault there would otherwise
+be in the result and in its check alike. Hashes are looked at there and not here.
 """
 
 import re
@@ -23,6 +24,7 @@ from headrace.errors import UserError
 _TABLE = "slices.json"
 _EXPERT = re.compile(r"(.+\.mlp\.experts\.)(\d+)\.(.+)")
 _SCALES = "_scale_inv"
+_ALL = slice(None)
 
 
 class Original(Protocol):
@@ -32,8 +34,8 @@ class Original(Protocol):
         """Every tensor's name and shape."""
         ...
 
-    def read(self, name: str, expert: int | None = None) -> Tensor:
-        """A tensor, or one expert's part of a stacked one; FP32."""
+    def read(self, name: str, expert: int | None = None, rows: slice = _ALL) -> Tensor:
+        """A tensor, or one expert's part of a stacked one, or of these some rows from a multiple of 128 on; FP32."""
         ...
 
 
@@ -46,14 +48,16 @@ def open_original(source: Path, kind: str) -> Original:
 
 class _File:
     def __init__(self, path: Path) -> None:
-        self._file = open_safetensors(path)
+        self._path = path
 
     def shapes(self) -> dict[str, list[int]]:
-        return {name: self._file.get_slice(name).get_shape() for name in list(self._file.keys())}
+        with open_safetensors(self._path) as file:
+            return {name: file.get_slice(name).get_shape() for name in list(file.keys())}
 
-    def read(self, name: str, expert: int | None = None) -> Tensor:
+    def read(self, name: str, expert: int | None = None, rows: slice = _ALL) -> Tensor:
         try:
-            part: Tensor = self._file.get_tensor(name) if expert is None else self._file.get_slice(name)[expert]
+            with open_safetensors(self._path) as file:
+                part: Tensor = file.get_slice(name)[rows if expert is None else (expert, rows)]
         except (SafetensorError, IndexError):
             raise KeyError(name) from None
         return part
@@ -79,18 +83,20 @@ class _Hub:
                 found[name] = shape
         return {name: shape for name, shape in found.items() if not name.endswith(_SCALES)}
 
-    def read(self, name: str, expert: int | None = None) -> Tensor:
+    def read(self, name: str, expert: int | None = None, rows: slice = _ALL) -> Tensor:
         if expert is not None:
             name = name.replace(".mlp.experts.", f".mlp.experts.{expert}.")
-        stored = self._stored(name)
+        stored = self._stored(name, rows)
         if stored.dtype != torch.float8_e4m3fn:
             return stored.float()
-        codes, scales = stored.view(torch.uint8).numpy(), self._stored(name + _SCALES).numpy()
+        first, last, _ = rows.indices(self._shapes[name][0])
+        blocks = slice(first // fp8_blocks.BLOCK, -(-last // fp8_blocks.BLOCK))
+        codes, scales = stored.view(torch.uint8).numpy(), self._stored(name + _SCALES, blocks).numpy()
         return torch.from_numpy(fp8_blocks.dequantise(codes, scales))
 
-    def _stored(self, name: str) -> Tensor:
+    def _stored(self, name: str, rows: slice) -> Tensor:
         with open_safetensors(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_slice(name)[rows]
         return tensor
 
 
@@ -105,7 +111,7 @@ class _Slices:
     def shapes(self) -> dict[str, list[int]]:
         return {name: entry["shape"] for name, entry in self._tensors.items()}
 
-    def read(self, name: str, expert: int | None = None) -> Tensor:
+    def read(self, name: str, expert: int | None = None, rows: slice = _ALL) -> Tensor:
         entry = self._tensors[name]
         shape, begin = entry["shape"], 0
         if entry["dtype"] != "F32" or (expert is not None and expert >= shape[0]):
@@ -113,6 +119,9 @@ class _Slices:
         if expert is not None:
             shape = shape[1:]
             begin = expert * prod(shape)
+        first, last, _ = rows.indices(shape[0])
+        shape = [last - first, *shape[1:]]
+        begin += first * prod(shape[1:])
         return torch.from_numpy(self._numbers(entry["slices"], begin, prod(shape))).view(shape)
 
     def _numbers(self, slices: list[dict[str, Any]], begin: int, size: int) -> NDArray[np.float32]:

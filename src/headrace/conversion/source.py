@@ -5,8 +5,9 @@
     source=deepseek-ai/DeepSeek-V3-Base@<commit>  the same at a commit, tag or branch
 
 A branch moves; so whatever is asked for becomes a commit first, and that commit is what is downloaded, and what the
-conversion is known by. Only weights, JSON and licences are fetched, into huggingface_hub's own cache; then every file
-is hashed and compared with the commit's listing. The token, where one is needed, comes from the environment.
+conversion is known by. Only weights, JSON and what a conversion copies are fetched, into huggingface_hub's own cache;
+then every file is hashed and compared with the commit's listing. The token, where one is needed, comes from the
+environment.
 """
 
 import hashlib
@@ -21,10 +22,11 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from headrace.artifacts.files import hash_file
+from headrace.conversion.convert_folder import COPIED
 from headrace.errors import UserError
 
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-_WANTED = re.compile(r"[\w-]+\.safetensors|[\w.-]+\.json|LICENSE(-\w+)?")
+_WANTED = re.compile(rf"[\w-]+\.safetensors|[\w.-]+\.json|{COPIED.pattern}")
 
 
 @dataclass(frozen=True)

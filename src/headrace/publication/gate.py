@@ -2,9 +2,10 @@
 
 A published model is data: safetensors, JSON, and a card. Scanners for pickles have been bypassed often, so no format
 that can run code is let through at all, and no key of a JSON file that makes a loader run some (`auto_map`,
-`_attn_implementation`). Text, also that in the headers of safetensors, is searched for secrets by their look and by
-entropy; a tokenizer's vocabulary, which is full of strange words, only by their look. The first thing that is wrong is
-refused with the name of its file.
+`_attn_implementation`). A chat template may go out, in a file of its own as in `tokenizer_config.json`: transformers
+renders it in Jinja's sandbox. Text, also that in the headers of safetensors, is searched for secrets by their look and
+by entropy; a tokenizer's vocabulary, which is full of strange words, only by their look. The first thing that is wrong
+is refused with the name of its file.
 """
 
 import json
@@ -27,7 +28,8 @@ from headrace.tracking.redact import find_secrets
 
 MIB, GIB = 1 << 20, 1 << 30
 _ALLOWED: tuple[tuple[str, int], ...] = (  # name, most bytes
-    (r"README\.md|LICENSE|headrace\.json|evaluation\.json", MIB),
+    (r"README\.md|headrace\.json|evaluation\.json|chat_template\.jinja", MIB),
+    (r"(?:LICEN[SC]E|NOTICE)(?:-\w+)?(?:\.(?:md|txt))?", MIB),
     (r"\.eval_results/[a-z0-9][a-z0-9_.-]{0,80}\.yaml", MIB),
     (r"config\.json|generation_config\.json|tokenizer_config\.json|special_tokens_map\.json", 4 * MIB),
     (r"tokenizer\.json|model\.safetensors\.index\.json", 64 * MIB),

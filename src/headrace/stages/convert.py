@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headrace.artifacts import manifest as manifests
 from headrace.artifacts.files import hash_file, link_or_copy, read_json, write_json
@@ -22,9 +22,10 @@ from headrace.checkpoint.slices import TABLE
 from headrace.config.compose import group_to_dict, load
 from headrace.config.schema import Config, ModelConfig
 from headrace.conversion.check import verify_export
-from headrace.conversion.convert_folder import convert_folder
+from headrace.conversion.convert_folder import plan_conversion, write_conversion
 from headrace.conversion.export import export
-from headrace.conversion.shards import Exported, Record, finished
+from headrace.conversion.hub_folder import HubFolder
+from headrace.conversion.shards import Exported, Plan, Record, finished
 from headrace.errors import UserError
 from headrace.launch.deadline import Deadline, StopRequested
 from headrace.recipe.model import final_model, model_in_phase
@@ -34,9 +35,6 @@ from headrace.stages.places import Place
 from headrace.stages.pretrain import checkpoints
 from headrace.stages.run import Door, Outcome, Run, explain, fail, held, main, say
 from headrace.stages.table import fingerprint, stage_named
-
-if TYPE_CHECKING:
-    from headrace.conversion.source import Source
 
 KINDS = {"final": "model", "ema": "ema"}
 """The kind of a checkpoint's tensors that `convert.weights` names."""
@@ -153,6 +151,8 @@ def _from_source(named: str, config: Config) -> int:
 
     source = locate(named)
     inspect_incoming(source.folder)
+    settings = config.convert
+    folder, plan = plan_conversion(source.folder, settings.dtype, settings.max_shard_bytes, settings.unaligned)
     values = {"convert": group_to_dict(config.convert), "sources": source.identity}
     version = stage_named("convert").version
     of = {"stage": "convert", "version": version, "config": values, "parents": {}}
@@ -164,23 +164,20 @@ def _from_source(named: str, config: Config) -> int:
             manifests.verify(place.artifact)
             say(place, f"already finished: {place.artifact}")
         else:
-            _convert(source, config, place)
+            _convert(folder, plan, Record(place.folder / _RECORD, source.identity), place)
     return 0
 
 
-def _convert(source: "Source", config: Config, place: Place) -> None:
-    started, settings, output = time.monotonic(), config.convert, place.folder / "artifact.partial"
+def _convert(folder: HubFolder, plan: Plan, record: Record, place: Place) -> None:
+    started, output = time.monotonic(), place.folder / "artifact.partial"
     provenance.write(place.folder, provenance.describe({}))
-    record = Record(place.folder / _RECORD, source.identity)
-    model, made = convert_folder(
-        source.folder, output, settings.dtype, settings.max_shard_bytes, settings.unaligned, record
-    )
+    write_conversion(folder, plan, output, record)
     try:
-        verify_export(output, source.folder, model)
+        verify_export(output, folder.path, folder.config)
     except UserError:
         record.path.unlink()
         raise
-    outcome = _outcome(made, settings.dtype, "")
+    outcome = _outcome(plan.exported, plan.dtype, "")
     manifests.build(
         output,
         kind="convert",
