@@ -25,6 +25,7 @@ def test_an_ablation_changes_what_its_name_says_and_nothing_else(name: str) -> N
 
 
 def test_the_baseline_trains_as_the_demo_does() -> None:
+    assert load().parallel == load(["experiment=ablations"]).parallel  # not a part of fingerprints, but of results
     demo, baseline = slices(load(), "sources"), slices(load(["experiment=ablations"]), "sources")
     assert demo["pretrain"] == baseline["pretrain"] and demo["convert"] == baseline["convert"]
 
