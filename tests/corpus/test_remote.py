@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from headrace.artifacts import retry
 from headrace.config.compose import load
 from headrace.config.schema import CorpusConfig, SourceConfig
 from headrace.corpus import lock as lock_module
-from headrace.corpus import remote
 from headrace.corpus.build import build_corpus
 from headrace.corpus.documents import selected_documents
 from headrace.corpus.lock import build_lock, ensure, index
@@ -124,7 +124,7 @@ def failing(config: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> CorpusConf
     fsspec.register_implementation("failing", Failing, clobber=True)
     monkeypatch.setattr(Failing, "store", MemoryFileSystem.store)
     monkeypatch.setattr(Failing, "failures", 0)
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0, 0.0))
     moved = [replace(each, paths=(each.paths[0].replace("memory:", "failing:"),)) for each in config.sources]
     return replace(config, sources=tuple(moved))
 

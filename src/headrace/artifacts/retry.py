@@ -18,13 +18,17 @@ _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-def retried(act: Callable[[], _Result], what: str) -> _Result:
+def _passes(error: OSError) -> bool:
+    return error.errno in PASSING
+
+
+def retried(act: Callable[[], _Result], what: str, may_pass: Callable[[OSError], bool] = _passes) -> _Result:
     """`act()`, tried again after errors that may pass; `what` names it in the log. The last error is raised."""
     for pause in PAUSES:
         try:
             return act()
         except OSError as error:
-            if error.errno not in PASSING:
+            if not may_pass(error):
                 raise
             _LOG.warning("%s: %s; trying again in %g s", what, error, pause)
         time.sleep(pause)

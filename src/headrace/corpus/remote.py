@@ -7,20 +7,17 @@ moment is asked again, a few times. Light on imports: fsspec is imported when an
 """
 
 import io
-import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar, cast
 
-from headrace.artifacts.retry import PAUSES
+from headrace.artifacts.retry import PAUSES, retried
 from headrace.errors import UserError
 
 T = TypeVar("T")
 
-_LOG = logging.getLogger(__name__)
-_REFUSED = (PermissionError, IsADirectoryError, NotADirectoryError)
+_REFUSED = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 STREAM = "datasets://"
 """Prefix of a Hub dataset that is streamed through `datasets` (see `hub_stream`)."""
 
@@ -144,21 +141,18 @@ class _Patient(io.RawIOBase):
 
 def _asked(path: str, act: Callable[[], T]) -> T:
     """`act()`, again where the store fails for a moment; raises `UserError` that says what is wrong with `path`."""
-    for pause in (*PAUSES, None):
-        try:
-            return act()
-        except ImportError as error:
-            raise UserError(f"{path}: needs a package that is not installed: {_first_line(error)}") from None
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file or folder in the store") from None
-        except (OSError, ValueError) as error:
-            reason = _first_line(error)
-            if not _may_pass(error):
-                raise UserError(f"{path}: cannot be read: {reason}") from None
-        if pause is not None:
-            _LOG.warning("%s: the store failed: %s; trying again in %g s", path, reason, pause)
-            time.sleep(pause)
-    raise UserError(f"{path}: the store failed {len(PAUSES) + 1} times: {reason}; run it again when it answers")
+    try:
+        return retried(act, f"{path}: the store failed", _may_pass)
+    except ImportError as error:
+        raise UserError(f"{path}: needs a package that is not installed: {_first_line(error)}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder in the store") from None
+    except (OSError, ValueError) as error:
+        reason = _first_line(error)
+        if _may_pass(error):
+            text = f"{path}: the store failed {len(PAUSES) + 1} times: {reason}; run it again when it answers"
+            raise UserError(text) from None
+        raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
 def _may_pass(error: Exception) -> bool:

@@ -78,7 +78,7 @@ class Saver:
         return self._now.step if self._now else None
 
     def begin(
-        self, step: int, kinds: Mapping[str, Sequence[Piece]], state: Mapping[str, Any], back_to: Collection[int] = ()
+        self, step: int, kinds: Mapping[str, Sequence[Piece]], state: Mapping[str, Any], back_to: Collection[int]
     ) -> None:
         """Save `kinds` and, from the first rank, `state`; waits for the save before and for the copy.
 
@@ -96,7 +96,7 @@ class Saver:
         self._ledger("save", {"step": step, "stall": round(self.stall, 6)})
 
     def last(
-        self, step: int, kinds: Mapping[str, Sequence[Piece]], state: Mapping[str, Any], back_to: Collection[int] = ()
+        self, step: int, kinds: Mapping[str, Sequence[Piece]], state: Mapping[str, Any], back_to: Collection[int]
     ) -> None:
         """Save and wait; `SaveFailed` where no checkpoint of this step comes of it, `UserError` for a full disk."""
         self.settle()
