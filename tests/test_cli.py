@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace import cli
 from headrace.artifacts.files import read_json
 from headrace.cli import main
 from headrace.config.compose import load
@@ -94,3 +95,18 @@ def test_items_that_were_written_down_are_what_the_corpus_stage_seeks(
     assert "no such folder" in capsys.readouterr().err
     assert main(["items", str(path), "evaluate.tasks=[]"]) == 2
     assert "none of the evaluation's tasks has items" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_told_with_its_traceback_and_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    canary = "hf_" + "Canary7" * 5
+    monkeypatch.setenv("HF_TOKEN", canary)
+
+    def leak(*_: object) -> str:
+        raise RuntimeError(f"asked with {canary}")
+
+    monkeypatch.setitem(cli._COMMANDS, "plan", leak)
+    assert main(["plan"]) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told and "headrace plan: RuntimeError: asked with" in told and canary not in told

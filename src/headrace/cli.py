@@ -8,7 +8,6 @@ import argparse
 import logging
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from headrace.artifacts.files import read_json
 from headrace.config.compose import in_hydras_words, load
 from headrace.config.schema import Config
 from headrace.errors import UserError
-from headrace.stages.run import explain
+from headrace.stages.run import failed
 
 if TYPE_CHECKING:
     from headrace.planning.describe import Simulated
@@ -29,11 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = _COMMANDS[arguments.command](arguments)
     except (Exception, KeyboardInterrupt) as error:
-        code, reason = explain(error)
-        if code == 1:
-            traceback.print_exc()
-        print(f"headrace {arguments.command}: {reason}", file=sys.stderr)
-        return code
+        return failed(arguments.command, error)
     print(text)
     return 0
 

@@ -53,18 +53,38 @@ def test_a_batch_of_another_size_has_another_done_file(tmp_path: Path) -> None:
     assert changed & folders() == {"tokenize_plan.1.batches"}
 
 
-def test_the_same_75_three_times_stops_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(name="words")
+def _words(tmp_path: Path) -> list[str]:
+    """Batch 0 of a corpus of one small file."""
     (tmp_path / "text.txt").write_text("some text\n" * 50)
-    words = [
-        "00000",
-        "experiment=tiny",
-        "corpus=files",
-        f"corpus.paths=[{tmp_path}/text.txt]",
-        f"paths.results={tmp_path}",
-    ]
+    paths = [f"corpus.paths=[{tmp_path}/text.txt]", f"paths.results={tmp_path}"]
+    return ["00000", "experiment=tiny", "corpus=files", *paths]
 
+
+def test_secrets_of_a_failure_never_reach_log_ledger_or_terminal(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    canary = "hf_" + "Canary7" * 5
+    monkeypatch.setenv("HF_TOKEN", canary)
+
+    def leak(*_: object) -> None:
+        raise RuntimeError(f"read with {canary} failed")
+
+    monkeypatch.setattr(batches.manifests, "verify", leak)
+    assert BATCHES.main(words) == 1
+    told = capsys.readouterr().err
+    (log,) = tmp_path.rglob("00000.log")
+    assert "RuntimeError: read with" in told and str(log) in told and "Traceback" in log.read_text()
+    monkeypatch.setattr(batches, "known_lock", leak)  # before there is a log, the terminal gets the traceback
+    assert BATCHES.main(words) == 1
+    assert canary not in told + (later := capsys.readouterr().err) and "Traceback" in later
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or canary.encode() not in path.read_bytes(), path
+
+
+def test_the_same_75_three_times_stops_with_the_reason(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stop(*_: object) -> None:
         raise StopRequested("SIGTERM")
 

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from conversion_models import checkpoint_of, reference_model, tiny_model, tokenizer_folder
+from headrace.artifacts.files import read_json
 from headrace.checkpoint import weights_only
 from headrace.checkpoint.reader import at_step
 from headrace.config.compose import load
@@ -83,7 +85,17 @@ def test_one_that_was_killed_when_all_was_written_is_ended(hub, tmp_path):
     assert [path.name for path in (imported / "checkpoints").iterdir()] == ["step-00000000"]
 
 
-def test_what_cannot_be_read_leaves_nothing(hub, tmp_path, monkeypatch):
+def test_copies_that_differ_leave_nothing(hub, tmp_path):
+    source = shutil.copytree(hub, tmp_path / "hub")
+    name = "model.layers.2.embed_tokens.weight"
+    path = source / read_json(source / "model.safetensors.index.json")["weight_map"][name]
+    save_file(load_file(path) | {name: load_file(path)[name] + 1}, path)
+    with pytest.raises(UserError, match=f"{name} differs"):
+        import_source(str(source), load(settings(tmp_path / "results")))
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_cannot_be_read_leaves_no_checkpoint(hub, tmp_path, monkeypatch):
     """A source that changes while it is read."""
     source = shutil.copytree(hub, tmp_path / "hub")
     write = weights_only.write_planned

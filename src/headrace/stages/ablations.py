@@ -14,7 +14,6 @@ any other program and target, as in `snakemake all --config experiment=ablations
 
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 
 from headrace.config.compose import load
@@ -23,7 +22,7 @@ from headrace.errors import UserError
 from headrace.stages.attempts import RUN_AGAIN
 from headrace.stages.compare import TABLE, write
 from headrace.stages.places import places
-from headrace.stages.run import explain, fail
+from headrace.stages.run import failed
 from headrace.stages.table import STAGES, stage_named
 
 BASELINE = "ablations"
@@ -45,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load([f"experiment={BASELINE}", *words])
         folder = write(config, [_fingerprint([f"experiment={experiment}", *words]) for experiment in EXPERIMENTS])
     except (Exception, KeyboardInterrupt) as error:
-        code, reason = explain(error)
-        if code == 1:
-            traceback.print_exc()
-        return fail("ablations", reason, code)
+        return failed("ablations", error)
     print((folder / TABLE).read_text(encoding="utf-8"))
     print(folder / TABLE, file=sys.stderr)
     return 0

@@ -26,7 +26,8 @@ from headrace.stages.attempts import Ledger
 from headrace.stages.batch_names import batch_folder
 from headrace.stages.cache import fetched
 from headrace.stages.places import Place, places
-from headrace.stages.run import close_log, explain, fail, held, open_log, say
+from headrace.stages.run import close_log, explain, fail, failed, held, open_log, say
+from headrace.tracking.redact import Redactor
 
 T = TypeVar("T")
 
@@ -76,15 +77,15 @@ class Batches(Generic[T]):
                 units = batch_of(argv[0], self.units(config, lock, found[self.stage]), self.per_job(config))
                 return self._attempt(argv[0], units, config, lock, found)
         except (Exception, KeyboardInterrupt, StopRequested) as error:
-            code, reason = explain(error)
-            return fail(name, reason, code)
+            return failed(name, error)
 
     def _attempt(self, batch: str, units: Sequence[T], config: Config, lock: Lock, found: dict[str, Place]) -> int:
         place = found[self.stage]
         folder = place.folder / self.folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         with held(place, f"{self.program}-{batch}"):
-            ledger, log = Ledger(folder, batch), open_log(folder / f"{batch}.log", config.tracking.log_level)
+            ledger, written = Ledger(folder, batch), folder / f"{batch}.log"
+            log = open_log(written, config.tracking.log_level)
             stuck = ledger.start(sum(self.finished(place, unit) for unit in units))
             if stuck:
                 return fail(f"{self.program} {batch}", stuck, 1)
@@ -100,11 +101,12 @@ class Batches(Generic[T]):
             except BaseException as error:
                 code, reason = explain(error)
                 log.error("%s", "".join(traceback.format_exception(error)))
-                raise
+                if code == 1:
+                    reason += f" (traceback in {written})"
             finally:
-                ledger.end(code, reason)
+                ledger.end(code, Redactor().text(reason))
                 close_log(log)
-        return code
+        return code if code == 0 else fail(f"{self.program} {batch}", reason, code)
 
     def _done(self, batch: str, place: Place, config: Config, what: str) -> None:
         folder = place.folder / self.folder(config)

@@ -11,7 +11,6 @@ page, and a tracked run with the differences. Reports of these runs that are fin
 
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from headrace.reporting.comparison import read_comparison
 from headrace.reporting.page import write_comparison
 from headrace.reporting.runs import differences
 from headrace.stages.report import show_page
-from headrace.stages.run import close_log, explain, fail, open_log
+from headrace.stages.run import close_log, failed, open_log
 from headrace.stages.table import fingerprint
 from headrace.tracking.tracker import Tracker
 
@@ -45,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load([word for word in words if word not in named])
         folder = write(config, prefixes(named))
     except (Exception, KeyboardInterrupt) as error:
-        code, reason = explain(error)
-        if code == 1:
-            traceback.print_exc()
-        return fail("compare", reason, code)
+        return failed("compare", error)
     print((folder / TABLE).read_text(encoding="utf-8"))
     print(folder / TABLE, file=sys.stderr)
     return 0

@@ -10,7 +10,6 @@ Finished shards outlive an attempt that was killed: they lie in the run director
 
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from headrace.recipe.schedule import Schedule
 from headrace.stages import provenance
 from headrace.stages.places import Place
 from headrace.stages.pretrain import checkpoints
-from headrace.stages.run import Door, Outcome, Run, explain, fail, held, main, say
+from headrace.stages.run import Door, Outcome, Run, failed, held, main, say
 from headrace.stages.table import fingerprint, stage_named
 
 KINDS = {"final": "model", "ema": "ema"}
@@ -135,10 +134,7 @@ def program(words: Sequence[str]) -> int:
     try:
         return _from_source(named[-1], load([word for word in words if not word.startswith("source=")]))
     except (Exception, KeyboardInterrupt, StopRequested) as error:
-        code, reason = explain(error)
-        if code == 1:
-            traceback.print_exc()
-        return fail("convert", reason, code)
+        return failed("convert", error)
 
 
 def _from_source(named: str, config: Config) -> int:

@@ -42,8 +42,13 @@ def import_source(named: str, config: Config) -> Path:
 
     source = locate(named)
     inspect_incoming(source.folder)
-    model = open_hub_folder(source.folder, released=True).config
-    facts = {"model": group_to_dict(model), "tokenizer": _tokenizer(source.folder), "source": _shown(source.identity)}
+    model = open_hub_folder(source.folder, released=True)
+    model.check_copies()  # here, since a folder for what is refused would be left
+    facts = {
+        "model": group_to_dict(model.config),
+        "tokenizer": _tokenizer(source.folder),
+        "source": _shown(source.identity),
+    }
     of: dict[str, Any] = {"stage": KIND, "version": _VERSION, "config": {"sources": source.identity}, "parents": {}}
     place = Place(KIND, of, Path(config.paths.results) / KIND / fingerprint(of))
     place.folder.mkdir(parents=True, exist_ok=True)

@@ -135,10 +135,7 @@ def main(door: Door, argv: Sequence[str] | None = None) -> int:
     try:
         return _run(door, load(overrides), overrides)
     except (Exception, KeyboardInterrupt, StopRequested) as error:
-        code, reason = explain(error)
-        if code == 1:
-            traceback.print_exc()
-        return fail(door.stage, reason, code)
+        return failed(door.stage, error)
 
 
 @dataclass(frozen=True)
@@ -359,6 +356,14 @@ def fail(stage: str, message: str, code: int) -> int:
     for line in Redactor().text(message).splitlines() or [""]:
         print(f"headrace {stage}: {line}", file=sys.stderr, flush=True)
     return code
+
+
+def failed(program: str, error: BaseException) -> int:
+    """Say why `program` ends with `error`, with the traceback where it is no one's input; returns the exit code."""
+    code, reason = explain(error)
+    if code == 1:
+        print(Redactor().text("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+    return fail(program, reason, code)
 
 
 def explain(error: BaseException) -> tuple[int, str]:
