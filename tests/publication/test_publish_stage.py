@@ -192,6 +192,22 @@ def test_no_push_of_what_other_than_committed_code_made_by_default(
     assert hub.requests == [] and not stage.place("publish", f"publish.{target}=me/it", PUSH).artifact.exists()
 
 
+def test_the_run_that_weights_went_on_from_counts_too(stage, hub, monkeypatch, capfd):
+    before = stage.place("pretrain").folder
+    words = ["publish.repo_id=me/it", f"train.from={before.name}@0"]
+    made = [main(Door(later, parent), [*stage.words, *words]) for later in ("pretrain", "convert", "evaluate")]
+    made_by(stage, "pretrain", DIRTY, monkeypatch)
+    capfd.readouterr()
+    assert made == [0, 0, 0] and stage.run(*words, PUSH) == 2
+    assert f"the code that made {before} has uncommitted changes" in capfd.readouterr().err
+    moved = before.rename(before.with_name("moved"))
+    assert stage.run(*words, PUSH) == 2 and hub.requests == []
+    assert f"the code that made {before} is unknown, since nothing there tells" in capfd.readouterr().err
+    moved.rename(before)
+    made_by(stage, "pretrain", CLEAN, monkeypatch)
+    assert stage.run(*words, PUSH) == 0
+
+
 @pytest.mark.parametrize("code", [DIRTY, UNKNOWN])
 @pytest.mark.parametrize("where", ["now", "pretrain", "corpus"])
 def test_other_code_makes_a_local_folder_and_pushes_where_allowed(where, code, stage, hub, monkeypatch):

@@ -17,6 +17,7 @@ from headrace.config.compose import load
 from headrace.conversion.export import export
 from headrace.errors import UserError
 from headrace.stages.imported import import_source
+from headrace.stages.provenance import code_version
 
 KILLED = """
 import os, signal, sys
@@ -72,6 +73,7 @@ def test_an_import_that_was_killed_goes_on(hub, tmp_path, monkeypatch):
     made.clear()
     assert import_source(str(hub), load(words)) == imported and made == []
     at_step(imported / "checkpoints", 0)
+    assert read_json(imported / "provenance.json")["code"] == code_version()
 
 
 def test_one_that_was_killed_when_all_was_written_is_ended(hub, tmp_path):

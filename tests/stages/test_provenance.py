@@ -1,10 +1,12 @@
 """Which commit made a result: of a source checkout alone, and unknown wherever git does not say."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from headrace.artifacts.files import write_json
 from headrace.stages import provenance
 
 NOTHING = {"commit": None, "dirty": False, "diff": None}
@@ -78,3 +80,28 @@ def test_a_repository_that_git_refuses_is_unknown(repository: Path) -> None:
     """As one of another owner in a container, or a damaged one."""
     (repository / ".git" / "HEAD").write_text("nothing\n")
     assert provenance.code_version() == NOTHING
+
+
+def test_codes_are_those_of_all_that_a_run_goes_on_from(tmp_path: Path) -> None:
+    def made(folder: str, parents: dict[str, str], from_: str | None = None) -> Path:
+        path = tmp_path / folder
+        path.mkdir(parents=True)
+        write_json(path / "stage.json", {"parents": parents, "config": {"train": {"from": from_}}})
+        write_json(path / "provenance.json", {"code": {"commit": folder}})
+        return path
+
+    made("corpus/c0", {})
+    made("corpus/c1", {})
+    made("tokenize/t0", {"corpus": "c0"})
+    made("tokenize/t1", {"corpus": "c1"})
+    made("import/i0", {})
+    made("pretrain/p0", {"tokenize": "t0"}, "i0@0")
+    made("pretrain/p1", {"tokenize": "t0"}, "p0@3")
+    run = made("pretrain/p2", {"tokenize": "t1"}, "p1@7")
+    names = ("pretrain/p2", "tokenize/t1", "pretrain/p1", "corpus/c1", "tokenize/t0", "pretrain/p0", "corpus/c0")
+    found = provenance.codes([run, run])
+    assert found == {tmp_path / name: {"commit": name} for name in (*names, "import/i0")}
+    shutil.rmtree(tmp_path / "pretrain/p1")
+    found = provenance.codes([run])
+    assert found.pop(tmp_path / "pretrain/p1") is None
+    assert found == {tmp_path / name: {"commit": name} for name in ("pretrain/p2", "tokenize/t1", "corpus/c1")}

@@ -19,6 +19,7 @@ from headrace.config.compose import group_to_dict
 from headrace.config.schema import Config, ModelConfig
 from headrace.errors import UserError
 from headrace.reporting.runs import IMPORTED as FACTS
+from headrace.stages import provenance
 from headrace.stages.places import Place
 from headrace.stages.run import held
 from headrace.stages.table import fingerprint
@@ -59,6 +60,7 @@ def import_source(named: str, config: Config) -> Path:
             clear_leftovers(checkpoints)  # of an attempt that was killed when all was done
         else:
             state = {"fingerprint": place.fingerprint, "slice": of}
+            provenance.write(place.folder, provenance.describe({}))
             import_(source.folder, checkpoints, state, config.convert.max_shard_bytes)
         write_json(place.folder / "stage.json", of)
         write_json(place.folder / FACTS, facts)

@@ -8,10 +8,11 @@ import os
 import platform
 import socket
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from headrace.artifacts.files import hash_bytes, write_atomic, write_json
+from headrace.artifacts.files import hash_bytes, read_json, write_atomic, write_json
 from headrace.tracking.redact import Redactor
 
 PACKAGES = (
@@ -47,6 +48,32 @@ def code_version() -> dict[str, Any]:
     dirty = bool(changes or untracked)
     diff = hash_bytes((changes + untracked).encode(), "sha256") if dirty else None
     return {"commit": commit.strip(), "dirty": dirty, "diff": diff}
+
+
+def codes(folders: Iterable[Path]) -> dict[Path, dict[str, Any] | None]:
+    """`code_version` of whatever made these runs and all behind them, `train.from` included; None where nothing tells.
+
+    Runs behind one whose folder is gone are not known, and not listed.
+    """
+    found: dict[Path, dict[str, Any] | None] = {}
+    waiting = list(folders)
+    while waiting:
+        if (folder := waiting.pop(0)) not in found:
+            told = folder / "provenance.json"
+            found[folder] = read_json(told)["code"] if told.exists() else None
+            waiting += _behind(folder)
+    return found
+
+
+def _behind(folder: Path) -> list[Path]:
+    if not (folder / "stage.json").exists():
+        return []
+    of, results = read_json(folder / "stage.json"), folder.parents[1]
+    behind = [results / stage / fingerprint for stage, fingerprint in of["parents"].items()]
+    if named := of["config"].get("train", {}).get("from"):
+        run, imported = (results / kind / named.partition("@")[0] for kind in ("pretrain", "import"))
+        behind.append(imported if imported.exists() else run)
+    return behind
 
 
 def versions() -> dict[str, str]:

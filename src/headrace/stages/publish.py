@@ -87,12 +87,13 @@ def body(run: Run) -> Outcome:
 
 def _refuse_unknown_code(run: Run) -> None:
     """What others load names the code that made it, stage by stage; a local folder may be made of anything."""
-    codes = {"the code at work": (provenance.code_version(), "")}
-    for place in run.parents.values():
-        code = read_json(place.folder / "provenance.json")["code"]
-        codes[f"the code that made {place.folder}"] = code, ", move that folder away and make it again"
+    codes: dict[str, tuple[dict[str, Any] | None, str]] = {"the code at work": (provenance.code_version(), "")}
+    for folder, code in provenance.codes(place.folder for place in run.parents.values()).items():
+        codes[f"the code that made {folder}"] = code, ", move that folder away and make it again"
     for what, (code, again) in codes.items():
-        if code["dirty"]:
+        if code is None:
+            wrong = "is unknown, since nothing there tells; make it again"
+        elif code["dirty"]:
             wrong = f"has uncommitted changes; commit them{again}"
         elif code["commit"] is None:
             wrong = f"is of an unknown commit; use a git checkout of Headrace that git can read{again}"
