@@ -1,6 +1,6 @@
 """10 GB of text through the data stages, as `make test-scale`: 1, 2 and 3 workers, ten kills, equal bytes.
 
-Needs about 40 GB of disk and, on two cores, the better part of an hour. The last line printed is one JSON object.
+Needs about 40 GB of disk and, on two cores, 20 minutes to an hour. The last line printed is one JSON object.
 """
 
 import argparse
