@@ -28,6 +28,8 @@ from headrace.tracking.journal import read_lines
 from headrace.tracking.links import METRICS_FILE, Backend, RunRecord
 
 LOG_FILE = "mirror.log"
+GAVE_UP = 3
+"""Exit code of a mirror that got no further for as long as the tracker waits for it."""
 _STATE_FILE, _LOCK_FILE = "mirror.json", "mirror.lock"
 _POLL_SECONDS = 1.0
 _NICENESS = 10  # the stage needs the cores more
@@ -150,7 +152,7 @@ def _watch(stage: int, ended: threading.Event, seconds: float, progress: Callabl
     while (now := progress()) != before:
         before = now
         time.sleep(seconds)
-    os._exit(3)
+    os._exit(GAVE_UP)
 
 
 if __name__ == "__main__":

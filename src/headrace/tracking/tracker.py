@@ -158,12 +158,14 @@ class Tracker:
         try:
             code = self._mirror.wait(self._record.finish_seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self._mirror.pid, signal.SIGKILL)
+            code = mirror.GAVE_UP  # it waits as long itself: which of the two is first, a busy machine decides
+        if code == mirror.GAVE_UP:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._mirror.pid, signal.SIGKILL)  # with whatever it has started
             self._mirror.wait()
             self._warn(self._service, f"did not end within {self._record.finish_seconds:g} s")
-        else:
-            if code:
-                self._warn(self._service, f"its process failed with {code}; see {self._folder / mirror.LOG_FILE}")
+        elif code:
+            self._warn(self._service, f"its process failed with {code}; see {self._folder / mirror.LOG_FILE}")
 
     def _guard(self, what: str, action: Callable[[], None]) -> None:
         try:
