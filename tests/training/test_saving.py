@@ -63,6 +63,25 @@ def test_training_goes_on_while_a_save_is_written(
     assert_same_end(tmp_path / "ours", straight)
 
 
+def test_a_run_that_fails_beside_a_save_ends_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, real = threading.Event(), writer.write_verified
+
+    def slow(path: Path, *rest: Any) -> str:
+        assert gate.wait(30)
+        return real(path, *rest)
+
+    class Failing(Held):
+        def update(self, step: int, *rest: Any) -> None:
+            super().update(step, *rest)
+            if step == self.release_at:
+                raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(writer, "write_verified", slow)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        toy_trainer(toy_config(), tmp_path, Failing(gate, release_at=6)).run()
+    assert steps(tmp_path) == [4] and [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     active, most, real = [0], [0], writer.write_verified
 

@@ -165,12 +165,10 @@ class Saver:
         self.newest = step
         self._known[open_checkpoint(checkpoint_folder(self._folder, step)).manifest_hash] = True
 
-    def wait(self) -> None:
-        """Until a rank that is alone in its world writes nothing any more; of several the launcher takes care."""
+    def leave(self) -> None:
+        """However training ended, a rank alone in its world ends its save; of several, the others may be gone."""
         if self._learner.mesh.world == 1:
-            self._writer.wait()
-            if self._now and self._now.publishing:
-                self._now.publishing.exception()
+            self.settle()
 
     def _collect(self) -> None:
         """All ranks' parts have been written, or one has failed."""

@@ -122,7 +122,7 @@ class Trainer:
                 self._saver.settle()
                 raise
             finally:
-                self._saver.wait()
+                self._saver.leave()
                 self._watch.progress.close()
 
     def write_results(self, folder: Path) -> None:
