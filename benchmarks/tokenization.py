@@ -16,8 +16,8 @@ again by `tokenizers`. The engine's cache is cold: every way sees the text once.
     datatrove       its ParquetReader and DocumentTokenizer, not shuffled
 
 A core-second is a second of CPU time of the process; the wall clock is given beside it, and how much of the CPU time
-the kernel took: a virtual machine that gives free memory back to its host pays for getting it again, which falls on
-whichever way comes after a pause. Ours runs twice at once, too,
+the kernel took: memory that was not in use just before can cost it much more, at the expense of whichever way comes
+after a pause. Ours runs twice at once, too,
 on two cores, each on the whole file. Which ways stored the same documents is counted by a hash of each document.
 
     python benchmarks/tokenization.py            100 MB, about 6 minutes
