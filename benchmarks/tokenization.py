@@ -17,8 +17,8 @@ again by `tokenizers`. The engine's cache is cold: every way sees the text once.
 
 A core-second is a second of CPU time of the process; the wall clock is given beside it, and how much of the CPU time
 the kernel took: memory that was not in use just before can cost it much more, at the expense of whichever way comes
-after a pause. Ours runs twice at once, too,
-on two cores, each on the whole file. Which ways stored the same documents is counted by a hash of each document.
+after a pause. Ours runs twice at once, too, on two cores, each on the whole file. Which ways stored the same documents
+is counted by a hash of each document.
 
     python benchmarks/tokenization.py            100 MB, about 6 minutes
     python benchmarks/tokenization.py --quick    1 MB and a small tokenizer of our own: does it run?

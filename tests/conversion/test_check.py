@@ -22,7 +22,7 @@ from conversion_models import (
 from headrace.conversion import check
 from headrace.conversion.check import expected_values, verify_export
 from headrace.conversion.export import export
-from headrace.conversion.import_hub import import_
+from headrace.conversion.import_hub import import_, open_for_import
 from headrace.conversion.names import hub_tensors
 from headrace.errors import UserError
 
@@ -248,7 +248,7 @@ def test_both_readings_of_an_export_give_the_same_values(changes, unaligned, dty
     export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", dtype, 1 << 30, unaligned)
     elements = verify_export(tmp_path / "hub", tmp_path / "model.safetensors", config)
     assert elements == sum(prod(tensor.shape) for tensor in hub_tensors(config))
-    import_(tmp_path / "hub", tmp_path / "back", {})
+    import_(open_for_import(tmp_path / "hub"), tmp_path / "back", {})
     first, second = (
         checkpoint_tensors(tmp_path / "back"),
         expected_values(tmp_path / "hub", tmp_path / "model.safetensors"),

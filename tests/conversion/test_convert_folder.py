@@ -26,7 +26,7 @@ from headrace.conversion.check import verify_export
 from headrace.conversion.convert_folder import convert_folder
 from headrace.conversion.export import export
 from headrace.conversion.hub_folder import open_hub_folder
-from headrace.conversion.import_hub import import_
+from headrace.conversion.import_hub import import_, open_for_import
 from headrace.conversion.mtp import mtp_loading
 from headrace.errors import UserError
 
@@ -163,7 +163,7 @@ def test_transformers_loads_the_converted_folder_and_computes_the_same(fp8, tmp_
             tmp_path / "out", dtype=torch.float32, output_loading_info=True
         )
     assert {key: found for key, found in info.items() if found} == {}
-    import_(tmp_path / "out", tmp_path / "back", {})
+    import_(open_for_import(tmp_path / "out"), tmp_path / "back", {})
     network = our_network(config)
     network.load_state_dict(checkpoint_tensors(tmp_path / "back"))
     tokens = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(5))

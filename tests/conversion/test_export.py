@@ -25,7 +25,7 @@ from conversion_models import (
 )
 from headrace.config.compose import load
 from headrace.conversion.export import export, exported_bytes
-from headrace.conversion.import_hub import import_
+from headrace.conversion.import_hub import import_, open_for_import
 from headrace.conversion.mtp import mtp_loading
 from headrace.conversion.names import checkpoint_shapes
 from headrace.errors import UserError
@@ -212,7 +212,7 @@ def _without_accelerate(monkeypatch):
 def fp8_folder_and_values(config, tmp_path, tokenizer, unaligned):
     checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
     export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp8", 1 << 30, unaligned)
-    import_(tmp_path / "hub", tmp_path / "back", {})
+    import_(open_for_import(tmp_path / "hub"), tmp_path / "back", {})
     network = our_network(config)
     network.load_state_dict(checkpoint_tensors(tmp_path / "back"))
     return tmp_path / "hub", network

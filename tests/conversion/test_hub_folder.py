@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from conversion_models import LIKE_V3, checkpoint_of, reference_model, tiny_model, tokenizer_folder
 from headrace.conversion.export import export
 from headrace.conversion.hub_folder import open_hub_folder
-from headrace.conversion.import_hub import import_
+from headrace.conversion.import_hub import import_, open_for_import
 from headrace.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -164,7 +164,7 @@ ATTACKS = [
 def test_a_wrong_fp8_folder_is_refused_by_name_and_nothing_is_written(attack, hub, tmp_path):
     message = attack(hub)
     with pytest.raises(UserError, match=message) as caught:
-        import_(hub, tmp_path / "back", {})
+        import_(open_for_import(hub), tmp_path / "back", {})
     assert "\n" not in str(caught.value)
     assert [path for path in tmp_path.iterdir() if path != hub] == []
 

@@ -28,7 +28,7 @@ from conversion_models import (
 )
 from headrace.conversion.export import export
 from headrace.conversion.hub_config import write_hub_config
-from headrace.conversion.import_hub import import_
+from headrace.conversion.import_hub import import_, open_for_import
 from headrace.conversion.names import hub_tensors, keeps_fp32
 from headrace.conversion.special_tokens import SpecialTokens
 from headrace.errors import UserError
@@ -62,7 +62,7 @@ def test_there_and_back(variant, dtype, tmp_path, tokenizer):
     config = tiny_model(**VARIANTS[variant])
     tensors = checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
     export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", dtype, 400_000)
-    back = import_(tmp_path / "hub", tmp_path / "back", {})
+    back = import_(open_for_import(tmp_path / "hub"), tmp_path / "back", {})
     assert back == replace(config, initializer_range=standard_deviation(config))
     got = checkpoint_tensors(tmp_path / "back")
     assert got.keys() == tensors.keys()
@@ -89,7 +89,7 @@ def test_fp8_there_back_and_there_again(changes, unaligned, tmp_path, tokenizer)
     config = tiny_model(**changes)
     checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
     export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp8", 400_000, unaligned)
-    import_(tmp_path / "hub", tmp_path / "back", {})
+    import_(open_for_import(tmp_path / "hub"), tmp_path / "back", {})
     got, stored = checkpoint_tensors(tmp_path / "back"), {}
     for file in (tmp_path / "hub").glob("*.safetensors"):
         stored |= load_file(file)
@@ -111,7 +111,7 @@ def test_bf16_there_back_and_there_again(variant, tmp_path, tokenizer):
     config = tiny_model(**VARIANTS[variant])
     checkpoint_of(reference_model(config), config, tmp_path / "model.safetensors")
     export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "bf16", 100_000)
-    import_(tmp_path / "hub", tmp_path / "back", {})
+    import_(open_for_import(tmp_path / "hub"), tmp_path / "back", {})
     export(tmp_path / "back" / "step-00000000", config, tokenizer, tmp_path / "again", "bf16", 100_000)
     assert len(list((tmp_path / "hub").glob("*.safetensors"))) > 3
     for file in (tmp_path / "hub").iterdir():
@@ -123,7 +123,7 @@ def test_training_goes_on_from_an_fp8_folder(tmp_path, tokenizer):
     network = our_network(config)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     export(tmp_path / "model.safetensors", config, tokenizer, tmp_path / "hub", "fp8", 1 << 30)
-    import_(tmp_path / "hub", tmp_path / "back", {})
+    import_(open_for_import(tmp_path / "hub"), tmp_path / "back", {})
     network.load_state_dict(checkpoint_tensors(tmp_path / "back"))
     rows = torch.randint(0, config.vocab_size, (4, 34), generator=torch.Generator().manual_seed(3))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
@@ -145,7 +145,7 @@ def test_a_bf16_folder_saved_by_transformers_comes_back_bit_by_bit(tmp_path, tok
         if name.endswith("e_score_correction_bias"):
             buffer.data = buffer.data.float()
     source.save_pretrained(tmp_path / "hub", max_shard_size="200KB")
-    config = import_(tmp_path / "hub", tmp_path / "back", {})
+    config = import_(open_for_import(tmp_path / "hub"), tmp_path / "back", {})
     export(tmp_path / "back" / "step-00000000", config, tokenizer, tmp_path / "again", "bf16", 100_000)
     theirs, ours = ({}, {})
     for folder, tensors in (("hub", theirs), ("again", ours)):
@@ -161,7 +161,7 @@ def test_a_folder_saved_by_transformers_is_read(tmp_path):
     source = reference_model(config)
     source.save_pretrained(tmp_path / "hub")
     tensors = checkpoint_of(source, config, tmp_path / "model.safetensors")
-    assert import_(tmp_path / "hub", tmp_path / "back", {}) == replace(config, initializer_range=0.02)
+    assert import_(open_for_import(tmp_path / "hub"), tmp_path / "back", {}) == replace(config, initializer_range=0.02)
     got = checkpoint_tensors(tmp_path / "back")
     assert got.keys() == tensors.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
@@ -169,8 +169,8 @@ def test_a_folder_saved_by_transformers_is_read(tmp_path):
 
 def test_files_are_bounded_and_hold_the_same_values_however_they_are_cut(original, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    import_(original, whole, {})
-    import_(original, cut, {}, 100_000)
+    import_(open_for_import(original), whole, {})
+    import_(open_for_import(original), cut, {}, 100_000)
     files = [path.stat().st_size for path in cut.glob("step-00000000/*.safetensors")]
     assert len(files) > 5 and max(files) < 100_000 + 20_000  # and a header
     one, other = checkpoint_tensors(whole), checkpoint_tensors(cut)
@@ -180,15 +180,15 @@ def test_files_are_bounded_and_hold_the_same_values_however_they_are_cut(origina
 MEMORY = r"""
 import re, sys
 from pathlib import Path
-from headrace.conversion.import_hub import import_
+from headrace.conversion.import_hub import import_, open_for_import
 
 def peak():
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 small, large, out = map(Path, sys.argv[1:4])
-import_(small, out / "small", {}, 1 << 20)
+import_(open_for_import(small), out / "small", {}, 1 << 20)
 before = peak()
-import_(large, out / "large", {}, int(sys.argv[4]))
+import_(open_for_import(large), out / "large", {}, int(sys.argv[4]))
 print(peak() - before)
 """
 
@@ -351,6 +351,6 @@ ATTACKS = [
 def test_a_wrong_folder_is_refused_by_name_and_nothing_is_written(attack, hub, tmp_path):
     message = attack(hub)
     with pytest.raises(UserError, match=message) as caught:
-        import_(hub, tmp_path / "back", {})
+        import_(open_for_import(hub), tmp_path / "back", {})
     assert "\n" not in str(caught.value)
     assert [path for path in tmp_path.iterdir() if path != hub] == []

@@ -36,20 +36,15 @@ def import_source(named: str, config: Config) -> Path:
     Files of the checkpoint have at most `convert.max_shard_bytes` of weights, or one tensor that alone is larger.
     Raises `UserError` for whatever a model's folder must not hold, and for one without a tokenizer.
     """
-    from headrace.conversion.hub_folder import open_hub_folder
-    from headrace.conversion.import_hub import import_
+    from headrace.conversion.import_hub import import_, open_for_import
     from headrace.conversion.source import locate
     from headrace.publication.incoming import inspect_incoming
 
     source = locate(named)
     inspect_incoming(source.folder)
-    model = open_hub_folder(source.folder, released=True)
-    model.check_copies()  # here, since a folder for what is refused would be left
-    facts = {
-        "model": group_to_dict(model.config),
-        "tokenizer": _tokenizer(source.folder),
-        "source": _shown(source.identity),
-    }
+    folder = open_for_import(source.folder)
+    model = group_to_dict(folder.config)
+    facts = {"model": model, "tokenizer": _tokenizer(source.folder), "source": _shown(source.identity)}
     of: dict[str, Any] = {"stage": KIND, "version": _VERSION, "config": {"sources": source.identity}, "parents": {}}
     place = Place(KIND, of, Path(config.paths.results) / KIND / fingerprint(of))
     place.folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +56,7 @@ def import_source(named: str, config: Config) -> Path:
         else:
             state = {"fingerprint": place.fingerprint, "slice": of}
             provenance.write(place.folder, provenance.describe({}))
-            import_(source.folder, checkpoints, state, config.convert.max_shard_bytes)
+            import_(folder, checkpoints, state, config.convert.max_shard_bytes)
         write_json(place.folder / "stage.json", of)
         write_json(place.folder / FACTS, facts)
     return place.folder
